@@ -1,0 +1,1 @@
+"""Benchmarks, scorers, retention and tables: the instrument that measures every method."""
