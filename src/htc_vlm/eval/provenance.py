@@ -1,0 +1,40 @@
+"""Where a result comes from: commit, dirty flag, command, package versions.
+
+Source:  the result files of huggingface/peft method_comparison (specs/style.md section 2.5).
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("htc-vlm", "torch", "transformers", "diffusers", "vector-quantize-pytorch", "pillow", "numpy")
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """commit and dirty (None outside a git checkout; untracked files do not count), command, versions."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,216 @@
+"""The runner: task x answerer -> answers.jsonl -> result.json. Restartable; nothing asked twice, nothing lost.
+
+Source:  nothing; the demands are in specs/style.md section 6.7.
+Differs: questions of one picture are asked together, so that a picture is loaded and compressed once.
+
+Layout of an output folder: <output>/<task>-<split>/{settings.json, answers.jsonl, result.json[, export.json]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+from tqdm import tqdm
+
+from htc_vlm.eval.answers import (
+    Answer,
+    AnswersError,
+    answers_sha256,
+    append_answers,
+    read_answers,
+    repair_tail,
+    require_all,
+)
+from htc_vlm.eval.provenance import provenance
+from htc_vlm.eval.task import Exports, Item, Task, check_split, make_task
+
+
+class Answerer(Protocol):
+    """Anything that answers questions about a picture."""
+
+    def answer(
+        self, image_key: str, load_image: Callable[[], Image.Image], questions: list[str], max_new_tokens: int
+    ) -> list[str]:
+        """One answer per question. `image_key` names the picture: the same key is the same picture."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The open questions about one picture."""
+
+    image_key: str
+    load_image: Callable[[], Image.Image]
+    questions: list[str]
+
+
+@runtime_checkable
+class BatchAnswerer(Protocol):
+    """An answerer that can take several pictures at once; the runner uses this where it exists."""
+
+    def answer_batch(self, asks: Sequence[Ask], max_new_tokens: int) -> list[list[str]]: ...
+
+
+def batches(items: Sequence[Item], batch_size: int) -> Iterator[list[list[Item]]]:
+    """Items grouped by picture, in order of first appearance, and packed into batches of `batch_size` questions.
+
+    A picture's questions stay together unless they alone exceed `batch_size`.
+    """
+    by_image: dict[str, list[Item]] = {}
+    for item in items:
+        by_image.setdefault(item.image, []).append(item)
+    batch: list[list[Item]] = []
+    for group in by_image.values():
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            if batch and sum(map(len, batch)) + len(part) > batch_size:
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
+
+
+def ask_batch(answerer: Answerer, batch: Sequence[Sequence[Item]], max_new_tokens: int) -> list[Answer]:
+    """Ask one batch; ValueError when the answerer returns another number of answers than questions."""
+    asks = [Ask(group[0].image, group[0].load, [item.prompt for item in group]) for group in batch]
+    started = time.perf_counter()
+    if isinstance(answerer, BatchAnswerer):
+        texts = answerer.answer_batch(asks, max_new_tokens)
+    else:
+        texts = [answerer.answer(ask.image_key, ask.load_image, ask.questions, max_new_tokens) for ask in asks]
+    n_asked = sum(map(len, batch))
+    seconds = round((time.perf_counter() - started) / n_asked, 6)
+    if [len(group) for group in texts] != [len(group) for group in batch]:
+        raise ValueError(
+            f"asked {[len(group) for group in batch]} questions about pictures {[ask.image_key for ask in asks]}, "
+            f"got {[len(group) for group in texts]} answers"
+        )
+    return [
+        Answer(item.id, item.image, item.prompt, text, seconds)
+        for group, answers in zip(batch, texts, strict=True)
+        for item, text in zip(group, answers, strict=True)
+    ]
+
+
+def run_task(
+    answerer: Answerer,
+    task: Task | str,
+    output: str | Path,
+    limit: int | None = None,
+    batch_size: int = 32,
+    *,
+    root: str | Path = ".",
+    split: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Ask `task`'s questions, score them, write result.json and return it.
+
+    `limit` takes the first N questions of the fixed order; `root` is the folder of the official files; `config` is
+    what identifies the model (a restart under another config is refused). Raises AnswersError when the answers file
+    does not fit.
+    """
+    task, split, items, folder = _open_task(task, output, root, split)
+    settings = {"task": task.name, "split": split, "protocol": asdict(task), "model": dict(config or {})}  # type: ignore[call-overload]
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(folder / "settings.json", settings)
+    chosen = items if limit is None else items[:limit]
+    answers = _ask_open(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
+    result = _scored(task, chosen, answers, folder) | {
+        "split": split,
+        "limit": limit,
+        "config": settings,
+        "seed": seed,
+        "device": device,
+    }
+    write_json(folder / "result.json", result | provenance())
+    return result | provenance()
+
+
+def rescore(
+    task: Task | str, output: str | Path, limit: int | None = None, *, root: str | Path = ".", split: str | None = None
+) -> dict[str, Any]:
+    """Score the answers that are there, asking nothing; AnswersError names what is missing."""
+    task, split, items, folder = _open_task(task, output, root, split)
+    answers = read_answers(folder / "answers.jsonl", items)
+    return _scored(task, items if limit is None else items[:limit], answers, folder)
+
+
+def _open_task(
+    task: Task | str, output: str | Path, root: str | Path, split: str | None
+) -> tuple[Task, str, list[Item], Path]:
+    task = make_task(task) if isinstance(task, str) else task
+    split = task.splits[0] if split is None else split
+    check_split(task, split)
+    return task, split, checked(task.load(Path(root), split), task.name), Path(output) / f"{task.name}-{split}"
+
+
+def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
+    """The numbers over exactly `chosen`; a task that exports writes its official file beside the answers."""
+    texts = require_all(answers, chosen, folder / "answers.jsonl")
+    if isinstance(task, Exports):
+        write_json(folder / "export.json", task.export(chosen, texts))
+    return {
+        "task": task.name,
+        "metrics": task.score(chosen, texts),
+        "n_questions": len(chosen),
+        "n_images": len({item.image for item in chosen}),
+        "answers_sha256": answers_sha256(texts),
+        "seconds": round(sum(answers[item.id].seconds for item in chosen), 3),
+    }
+
+
+def _ask_open(
+    answerer: Answerer, task: Task, items: Sequence[Item], chosen: Sequence[Item], path: Path, batch_size: int
+) -> dict[str, Answer]:
+    """Ask what the file does not answer yet; -> all answers, re-read from the file."""
+    if path.exists():
+        repair_tail(path)
+    answers = read_answers(path, items)
+    open_items = [item for item in chosen if item.id not in answers]
+    n_done = len(chosen) - len(open_items)
+    with tqdm(total=len(chosen), initial=n_done, desc=path.parent.name, unit="question") as bar:
+        for batch in batches(open_items, batch_size):
+            append_answers(path, ask_batch(answerer, batch, task.max_new_tokens))
+            bar.update(sum(map(len, batch)))
+    return read_answers(path, items)
+
+
+def checked(items: list[Item], task_name: str) -> list[Item]:
+    """The items, or ValueError: a task without questions or with an id used twice cannot be scored."""
+    if not items:
+        raise ValueError(f"task {task_name} has no questions in this folder and split")
+    twice = [question for question, n in Counter(item.id for item in items).items() if n > 1]
+    if twice:
+        raise ValueError(f"task {task_name} uses question ids twice: {', '.join(twice[:10])}")
+    return items
+
+
+def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a new run; refuse to go on with a run that was made under other settings."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    different = [key for key in now if before.get(key) != now[key]]
+    if different:
+        told = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in different)
+        raise AnswersError(f"{path.parent} holds answers made under other settings: {told}. Choose another --output")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,123 @@
+"""What a benchmark is to the runner: items with a picture, a prompt and a reference, and a way to score answers.
+
+Source:  nothing; the shape is ours.
+Differs: a task never sees the model, and the runner never sees an official file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from PIL import Image
+
+from htc_vlm.registry import Registry
+
+TASKS = Registry("task")
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one picture. Items with the same `image` share one loaded, compressed picture."""
+
+    id: str
+    image: str
+    load: Callable[[], Image.Image]
+    prompt: str
+    reference: Any
+
+
+class Task(Protocol):
+    """One benchmark. Instances are frozen dataclasses: their fields are the protocol choices, the paper's by default.
+
+    `score` returns numbers in percent (MME: on its own scale); the key "score" is the one a table prints. A split
+    without public answers has no score: it returns {} and `export` gives the official upload.
+    """
+
+    name: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]]  # the first is the default
+    max_new_tokens: ClassVar[int]
+
+    def load(self, root: Path, split: str) -> list[Item]:
+        """All items of a split in their fixed order, read from the official files under `root`."""
+        ...
+
+    def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+        """Numbers over `items`; `answers` holds exactly one answer for each of them."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A task that also writes predictions in the official upload format."""
+
+    def export(self, items: Sequence[Item], answers: Mapping[str, str]) -> Any: ...
+
+
+def find_tasks() -> Registry:
+    """Import every file of eval/tasks/ (one file = one benchmark) and return the filled registry."""
+    package = import_module("htc_vlm.eval.tasks")
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return TASKS
+
+
+def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task called `name`, with protocol choices other than the defaults; ValueError names what is known."""
+    cls = find_tasks().get(name)
+    known = cls.__dataclass_fields__
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise ValueError(f"task {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+    return cls(**(options or {}))
+
+
+# ----------------------------------------------------------------------------- what the official readers share
+
+
+def picture_at(path: Path) -> Callable[[], Image.Image]:
+    """A loader for one picture file, opened as RGB when called."""
+
+    def load() -> Image.Image:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+
+    return load
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of an official file; FileNotFoundError says which file is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"official file missing: {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def percent(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares of 1 -> percent."""
+    return {name: 100.0 * share for name, share in shares.items()}
+
+
+def lettered_prompt(question: str, options: Mapping[str, str]) -> str:
+    """LLaVA-1.5's multiple-choice prompt.
+
+    >>> print(lettered_prompt("Which?", {"A": "cat", "B": "dog"}))
+    Which?
+    A. cat
+    B. dog
+    Answer with the option's letter from the given choices directly.
+    """
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())]) + LETTER
+
+
+def check_split(task: Task, split: str) -> None:
+    """ValueError when a task has no such split."""
+    if split not in task.splits:
+        raise ValueError(f"task {task.name} has no split {split!r}; known: {', '.join(task.splits)}")

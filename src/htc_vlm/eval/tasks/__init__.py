@@ -1,0 +1,1 @@
+"""One file = one benchmark; `htc_vlm.eval.task.find_tasks` imports them all."""

@@ -1,0 +1,162 @@
+"""The runner: restart after a kill, and every way in which an answers file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from htc_vlm.eval.answers import AnswersError
+from htc_vlm.eval.run import Ask, rescore, run_task
+
+from .conftest import Colours, FakeAnswerer
+
+
+def _file(output: Path) -> Path:
+    return output / "colours-test" / "answers.jsonl"
+
+
+def test_questions_of_one_picture_are_asked_together(colours: Colours, tmp_path: Path) -> None:
+    """Prevents re-encoding a picture for each of its questions."""
+    fake = FakeAnswerer()
+    run_task(fake, colours, tmp_path)
+    assert fake.opened == ["p0", "p1", "p2"]
+    assert len(fake.asked) == 6
+
+
+def test_the_score_is_over_all_questions_and_by_kind(colours: Colours, tmp_path: Path) -> None:
+    """Four of six right: question 0 (even) and 3 (odd) are answered wrongly."""
+    fake = FakeAnswerer({"question 0 ?": "no", "question 3 ?": "blue"})
+    result = run_task(fake, colours, tmp_path, seed=7, device="cpu", config={"model": "fake"})
+    assert result["metrics"] == pytest.approx({"score": 400 / 6, "even": 200 / 3, "odd": 200 / 3})
+    saved = json.loads((tmp_path / "colours-test" / "result.json").read_text())
+    assert saved["metrics"] == pytest.approx(result["metrics"])
+    kept = {"answers_sha256", "config", "command", "commit", "dirty", "versions", "device", "seconds", "seed"}
+    assert kept <= set(saved)
+    assert saved["seed"] == 7 and saved["config"]["model"] == {"model": "fake"}
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(colours: Colours, tmp_path: Path) -> None:
+    """Prevents a restart that starts over, or that loses what was answered."""
+    dying = FakeAnswerer(dies_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_task(dying, colours, tmp_path, batch_size=2)
+    assert len(_file(tmp_path).read_text().splitlines()) == 4
+    second = FakeAnswerer()
+    result = run_task(second, colours, tmp_path, batch_size=2)
+    assert sorted(dying.asked + second.asked) == sorted(set(dying.asked + second.asked))
+    assert len(dying.asked) + len(second.asked) == 6 and result["metrics"]["score"] == 100
+    unbroken = run_task(FakeAnswerer(), colours, tmp_path / "unbroken")
+    assert unbroken["answers_sha256"] == result["answers_sha256"]
+    third = FakeAnswerer()
+    run_task(third, colours, tmp_path)
+    assert third.asked == []
+
+
+def test_a_torn_last_line_is_dropped_and_asked_again(
+    colours: Colours, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents half an answer from being read as an answer, and a kill from making the file unusable."""
+    run_task(FakeAnswerer(), colours, tmp_path)
+    text = _file(tmp_path).read_text()
+    last = text.splitlines()[-1]
+    _file(tmp_path).write_text(text[: -len(last) // 2])
+    again = FakeAnswerer()
+    result = run_task(again, colours, tmp_path)
+    assert [question for _, question in again.asked] == [json.loads(last)["prompt"]]
+    assert result["n_questions"] == 6 and "torn last line" in capsys.readouterr().err
+
+
+def test_a_whole_last_line_without_newline_is_kept(colours: Colours, tmp_path: Path) -> None:
+    """Prevents asking twice when only the newline was lost."""
+    run_task(FakeAnswerer(), colours, tmp_path)
+    _file(tmp_path).write_text(_file(tmp_path).read_text().rstrip("\n"))
+    again = FakeAnswerer()
+    run_task(again, colours, tmp_path)
+    assert again.asked == [] and len(_file(tmp_path).read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 is corrupt"),
+        (lambda lines: [lines[0], "", *lines[1:]], "line 2 is corrupt"),
+        (lambda lines: [*lines, lines[2]], r"1 question id\(s\) answered twice: q1"),
+        (lambda lines: [*lines, lines[0].replace('"q0"', '"q99"')], r"1 question id\(s\) not in this task: q99"),
+        (lambda lines: [lines[0].replace("question 0", "question 9"), *lines[1:]], "under another prompt: q0"),
+    ],
+)
+def test_a_spoilt_answers_file_is_an_error_that_names_the_place(
+    colours: Colours, tmp_path: Path, spoil: Callable[[list[str]], list[str]], message: str
+) -> None:
+    """Prevents LLaVA's habits: joining by line order, and predictions that leave the denominator."""
+    run_task(FakeAnswerer(), colours, tmp_path)
+    lines = _file(tmp_path).read_text().splitlines()
+    _file(tmp_path).write_text("\n".join(spoil(lines)) + "\n")
+    with pytest.raises(AnswersError, match=message):
+        run_task(FakeAnswerer(), colours, tmp_path)
+
+
+def test_missing_predictions_are_named_when_scoring(colours: Colours, tmp_path: Path) -> None:
+    """Prevents a smaller denominator: `rescore` asks nothing and must not score five of six."""
+    run_task(FakeAnswerer(), colours, tmp_path)
+    assert rescore(colours, tmp_path)["metrics"]["score"] == 100
+    lines = _file(tmp_path).read_text().splitlines()
+    dropped = json.loads(lines.pop(1))["id"]
+    _file(tmp_path).write_text("\n".join(lines) + "\n")
+    with pytest.raises(AnswersError, match=f"1 of 6 questions have no answer: {dropped}"):
+        rescore(colours, tmp_path)
+
+
+def test_limit_takes_the_first_questions_and_can_be_raised(colours: Colours, tmp_path: Path) -> None:
+    """Prevents a limit that counts pictures, or that makes a later full run ask again."""
+    first = FakeAnswerer()
+    assert run_task(first, colours, tmp_path, limit=2)["n_questions"] == 2
+    assert [question for _, question in first.asked] == ["question 0 ?", "question 1 ?"]
+    second = FakeAnswerer()
+    assert run_task(second, colours, tmp_path)["n_questions"] == 6
+    assert len(second.asked) == 4
+
+
+def test_another_model_or_protocol_cannot_go_on_with_the_same_file(tmp_path: Path) -> None:
+    """Prevents a score that mixes the answers of two models."""
+    run_task(FakeAnswerer(), Colours(), tmp_path, limit=2, config={"model": "a"})
+    with pytest.raises(AnswersError, match="model was .*'a'.* is .*'b'"):
+        run_task(FakeAnswerer(), Colours(), tmp_path, config={"model": "b"})
+    with pytest.raises(AnswersError, match="protocol was"):
+        run_task(FakeAnswerer(), Colours(strict=False), tmp_path, config={"model": "a"})
+
+
+def test_an_answerer_that_returns_too_few_answers_is_refused(colours: Colours, tmp_path: Path) -> None:
+    """Prevents answers that slip to the next question."""
+
+    class Short(FakeAnswerer):
+        def answer(self, *asked: Any) -> list[str]:  # type: ignore[override]
+            return super().answer(*asked)[:-1]
+
+    with pytest.raises(ValueError, match=r"asked \[2, 2, 2\] questions .* got \[1, 1, 1\]"):
+        run_task(Short(), colours, tmp_path)
+
+
+def test_an_answerer_for_batches_gets_several_pictures_at_once(colours: Colours, tmp_path: Path) -> None:
+    """Prevents batches of one on tasks with one question a picture."""
+    sizes = []
+
+    class Batched(FakeAnswerer):
+        def answer_batch(self, asks: list[Ask], max_new_tokens: int) -> list[list[str]]:
+            sizes.append([len(ask.questions) for ask in asks])
+            return [["yes"] * len(ask.questions) for ask in asks]
+
+    run_task(Batched(), colours, tmp_path, batch_size=4)
+    assert sizes == [[2, 2], [2]]
+
+
+def test_the_progress_bar_leaves_standard_output_alone(
+    colours: Colours, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a bar inside piped results."""
+    run_task(FakeAnswerer(), colours, tmp_path)
+    assert capsys.readouterr().out == ""
