@@ -208,7 +208,7 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
         if tuple(pixel_values.shape[1:]) != (self.config.num_channels, size, size):
             raise ValueError(
                 f"pixel_values are {tuple(pixel_values.shape)}; this tower takes "
-                f"(B, {self.config.num_channels}, {size}, {size}): resize the pictures, or load the tower with another image_size"
+                f"(B, {self.config.num_channels}, {size}, {size}): resize them, or load a tower of another image_size"
             )
         coarse, fine = self.maps(pixel_values.to(self.stem.weight.dtype))
         joined = torch.cat([coarse, F.pixel_unshuffle(fine, FOLD)], dim=1)  # (B, feature_dim, S/32, S/32)
