@@ -1,0 +1,30 @@
+"""Methods that reduce visual tokens; ONE FILE = ONE METHOD.
+
+Every module of this folder is imported here, so a new file registers itself; nothing else has to be edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from htc_vlm.compressors.base import (
+    COMPRESSORS,
+    Compressor,
+    ImageFeatures,
+    Keep,
+    Merge,
+    Sizes,
+    build,
+)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def names() -> list[str]:
+    """All registered methods."""
+    return COMPRESSORS.names()
+
+
+__all__ = ["COMPRESSORS", "Compressor", "ImageFeatures", "Keep", "Merge", "Sizes", "build", "names"]

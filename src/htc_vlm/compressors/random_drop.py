@@ -1,0 +1,49 @@
+"""Random drop: keep a random subset of the patches. The floor that any selection method must beat.
+
+Source:  the random-pruning control of the token-reduction literature (e.g. DivPrune, arXiv:2503.02175, Table 1).
+Differs: the subset depends on the seed only, so a picture always keeps the same places; the global random state is
+         left alone.
+
+This file is the template for a new method: copy it, change the settings and `before_llm`, and the registry, the contract
+tests and the README's table of methods find it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_count
+
+
+@dataclass(frozen=True)
+class RandomDropSettings:
+    n_keep: int = 64
+    seed: int = 0
+
+
+@COMPRESSORS.register("random_drop")
+class RandomDrop(Compressor):
+    name = "random_drop"
+    Settings = RandomDropSettings
+    EXAMPLES = ({"n_keep": 4}, {"n_keep": 2, "seed": 7})
+    PAPER = "control"
+    ACTS = "before the LLM"
+    TRAINED = False
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        check_count(self.name, "n_keep", settings.n_keep)
+
+    def n_visual(self, n_patches: int) -> int:
+        check_count(self.name, "n_keep", self.settings.n_keep, at_most=n_patches)
+        return int(self.settings.n_keep)
+
+    def before_llm(self, images: ImageFeatures) -> Tensor:
+        n_patches = images.features.shape[1]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        places = torch.randperm(n_patches, generator=generator)[: self.n_visual(n_patches)].sort().values
+        return images.project(images.features[:, places.to(images.features.device)])

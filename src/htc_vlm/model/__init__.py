@@ -1,0 +1,19 @@
+"""The Hugging Face trio (configuration, modeling, processing), registered with the Auto classes on import."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+
+from htc_vlm.model import efficientnet_lite  # noqa: F401  (registers the tiny vision tower)
+from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, HtcVlmModel
+from htc_vlm.model.processing import HtcVlmProcessor
+
+AutoConfig.register("htc_vlm", HtcVlmConfig)
+AutoModel.register(HtcVlmConfig, HtcVlmModel)
+AutoModelForImageTextToText.register(HtcVlmConfig, HtcVlmForConditionalGeneration)
+AutoModelForMultimodalLM.register(HtcVlmConfig, HtcVlmForConditionalGeneration)
+AutoProcessor.register(HtcVlmConfig, HtcVlmProcessor)
+
+__all__ = ["CompressedImages", "HtcVlmConfig", "HtcVlmForConditionalGeneration", "HtcVlmModel", "HtcVlmProcessor"]

@@ -1,0 +1,467 @@
+"""HTC-VLM as a Hugging Face model: LLaVA plus a compressor.
+
+Source:  transformers' LlavaForConditionalGeneration; HTC-VLM Algorithm 1; VoCo-LLaMA section 3.
+Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the cells), which a contract
+         test proves equal. With `compressor: none` nothing differs from LLaVA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from htc_vlm import compressors
+from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
+from htc_vlm.model import sockets
+from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.placing import Placed, place
+from htc_vlm.ops import masks, rope
+from htc_vlm.tokens import TokenLayout
+
+N_SAMPLED = 1024        # values of each weight that enter the fingerprint
+
+
+class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
+    config_class = HtcVlmConfig
+    config: HtcVlmConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Compressor):
+            module.init_own_weights()
+        else:
+            super()._init_weights(module)
+
+
+class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
+    """Vision tower, projector, compressor and language model, without a head."""
+
+    def __init__(self, config: HtcVlmConfig) -> None:
+        super().__init__(config)
+        self.compressor = compressors.build(**config.compressor)
+        self.compressor.setup(sizes_of(config))
+        self.post_init()
+
+    # ---------------------------------------------------------------- images
+    @merge_with_config_defaults
+    @select_hidden_states("vision_feature_layer")
+    def vision_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, 3, height, width) -> (B, P, vision width): the features that LLaVA hands to its projector."""
+        states = self.vision_tower(pixel_values, return_dict=True, **kwargs).hidden_states
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or [])
+        chosen = [states[i] for i in layers]
+        if vision_feature_select_strategy == "default":                 # leave out CLS
+            chosen = [state[:, 1:] for state in chosen]
+        return torch.cat(chosen, dim=-1)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """What the language model receives for each image: `.pooler_output`, one (C, D) tensor per image.
+
+        pixel_values (B, 3, height, width); or patch_features (B, P, vision width), and for htc image_codes
+        (B, h, w, channels), computed before (frozen towers need not be run again at each step).
+        """
+        if self.config.compressor["name"] == "none" and patch_features is None:
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+        if patch_features is None:
+            if pixel_values is None:
+                raise ValueError("no image: give pixel_values or patch_features")
+            if kwargs.get("image_sizes") is not None:
+                raise ValueError(
+                    f"images of different sizes (image_sizes) are not supported with compressor {self.compressor.name!r}; "
+                    "resize them to one size"
+                )
+            patch_features = self.vision_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
+        images = ImageFeatures(
+            features=patch_features.to(self.multi_modal_projector.linear_1.weight.dtype),
+            project=self.multi_modal_projector,
+            pixels=None if pixel_values is None else self.denormalise(pixel_values),
+            codes=image_codes,
+        )
+        tokens = self.compressor.before_llm(images)                                        # (B, C, D)
+        promised = self.compressor.n_visual(patch_features.shape[1])
+        if tokens.shape[1] != promised:
+            raise ValueError(f"{self.compressor.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
+        return BaseModelOutputWithPooling(last_hidden_state=patch_features, pooler_output=list(tokens))
+
+    def denormalise(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values -> (B, 3, height, width) in [0, 1]."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(shape)
+        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(shape)
+        return (pixel_values.float() * std + mean).clamp(0, 1)
+
+    # ---------------------------------------------------------------- one pass
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        cell_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | LlavaModelOutputWithPast:
+        """As LLaVA's; besides: patch_features, image_codes (see get_image_features); question_ids (B, L) for packed
+        questions; cell_positions (B, n) where the cache begins with n cells that stand amid the text."""
+        if patch_features is not None:
+            if pixel_values is not None or mm_encoder_outputs:
+                raise ValueError("give pixel_values or patch_features, not both")
+            images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
+            mm_encoder_outputs = {"image": images}
+        n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        n_new = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if n_past and cell_positions is not None and n_new > 1:
+            like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            attention_mask = sockets.mask_over_cells(
+                self.language_model.config, like, attention_mask, past_key_values, position_ids, cell_positions
+            )
+        elif not n_past and (self.compressor.n_bottleneck or question_ids is not None):
+            attention_mask, position_ids = self._masked_pass(
+                input_ids, inputs_embeds, attention_mask, position_ids, question_ids, past_key_values, kwargs
+            )
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+    def _masked_pass(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        question_ids: Tensor | None,
+        cache: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask and positions of the paper's single pass. Changes `kwargs` so that no cache is kept of hidden tokens."""
+        if input_ids is None:
+            raise ValueError(f"compressor {self.compressor.name!r} reads the layout from input_ids; give them, not embeddings")
+        layout = self.layout(input_ids, attention_mask, question_ids)
+        has_image = bool(layout.is_visual.any())
+        if not has_image and question_ids is None:
+            return attention_mask, position_ids                              # text only: plain LLaVA
+        if has_image and self.compressor.n_bottleneck:
+            self._check_bottlenecks(layout)
+            if cache is not None or kwargs.get("use_cache"):
+                raise ValueError(
+                    "a masked pass keeps no cache: it would show the visual tokens to what follows. Call "
+                    "model.compress(...) and pass compressed=..., or model.generate(...), which does so"
+                )
+        kwargs["use_cache"] = False
+        visible = self.compressor.visible(layout)
+        if visible is None:
+            visible = masks.packed_causal(layout)
+        like = torch.empty((*input_ids.shape, 0), dtype=self.dtype, device=input_ids.device)
+        if position_ids is None:
+            position_ids = rope.position_ids(layout, self.compressor.positions)
+        return sockets.ready_mask(self.language_model.config, like, attention_mask, visible), position_ids
+
+    def layout(self, input_ids: Tensor, attention_mask: Tensor | None, question_ids: Tensor | None = None) -> TokenLayout:
+        """What each token of a prompt is."""
+        bottleneck = self.config.bottleneck_token_id if self.compressor.n_bottleneck else None
+        return TokenLayout.from_input_ids(input_ids, attention_mask, self.config.image_token_id, bottleneck, question_ids)
+
+    def _check_bottlenecks(self, layout: TokenLayout) -> None:
+        n_images = int(layout.image.max(dim=1).values.sum())
+        n_bottleneck = int(layout.is_bottleneck.sum())
+        if n_bottleneck != n_images * self.compressor.n_bottleneck:
+            raise ValueError(
+                f"{n_images} images need {self.compressor.n_bottleneck} bottleneck tokens each after their placeholders, "
+                f"the prompts have {n_bottleneck}: text would not see the image. Use HtcVlmProcessor with this model's settings"
+            )
+
+    # ---------------------------------------------------------------- compress
+    def compress_pass(
+        self, visual: Tensor, output_hidden_states: bool = False
+    ) -> tuple[Any, Tensor]:
+        """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck], with its cache, and the position ids."""
+        n_images, n_visual, _ = visual.shape
+        n_bottleneck = self.compressor.n_bottleneck
+        ids = torch.full((n_images, n_bottleneck), self._bottleneck_id(), device=visual.device)
+        embeds = torch.cat((visual, self.get_input_embeddings()(ids).to(visual.dtype)), dim=1)
+        kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
+        layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
+        position_ids = torch.arange(-n_visual, n_bottleneck, device=visual.device).expand(n_images, -1)
+        mask = sockets.ready_mask(self.language_model.config, embeds, None, self.compressor.visible(layout))
+        out = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=True,
+            output_hidden_states=output_hidden_states,
+        )
+        return out, position_ids
+
+    def _bottleneck_id(self) -> int:
+        if self.config.bottleneck_token_id is None:
+            raise ValueError(
+                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.convert adds the token"
+            )
+        return int(self.config.bottleneck_token_id)
+
+
+class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
+    """The model to train, compress with, and ask. Any LLaVA checkpoint loads unchanged (`compressor: none`)."""
+
+    def __init__(self, config: HtcVlmConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = HtcVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        compressed: CompressedImages | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        cell_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded, as
+        `placing.place` orders them. For the other additions see HtcVlmModel.forward."""
+        if compressed is not None:
+            if pixel_values is not None or past_key_values is not None or inputs_embeds is not None or labels is not None:
+                raise ValueError("with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)")
+            inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)
+            n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
+            inputs["input_ids"] = inputs["input_ids"][:, n_cells:]
+            return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            patch_features=patch_features,
+            image_codes=image_codes,
+            question_ids=question_ids,
+            cell_positions=cell_positions,
+            **kwargs,
+        )
+
+    # ---------------------------------------------------------------- compress
+    @torch.no_grad()
+    def compress(
+        self,
+        pixel_values: Tensor | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+    ) -> CompressedImages:
+        """(N, 3, height, width) -> N images as cells, one cache entry (K for K bottleneck tokens) per layer each.
+
+        ValueError for methods without a bottleneck: they have nothing smaller to keep.
+        """
+        self._need_bottleneck()
+        visual = self.visual_tokens(pixel_values, patch_features, image_codes)
+        out, _ = self.model.compress_pass(visual)
+        cells = sockets.cells_from_cache(out.past_key_values, self.model.compressor.n_bottleneck)
+        return CompressedImages(cells=cells, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
+
+    @torch.no_grad()
+    def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
+        """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from the pass `compress` runs."""
+        self._need_bottleneck()
+        visual = self.visual_tokens(pixel_values, **features)
+        out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
+        return sockets.attention_of_last_rows(
+            self.model.language_model, out.hidden_states, out.past_key_values, position_ids, self.model.compressor.n_bottleneck
+        )
+
+    def visual_tokens(
+        self, pixel_values: Tensor | None = None, patch_features: Tensor | None = None, image_codes: Tensor | None = None
+    ) -> Tensor:
+        """-> (N, C, D), in the dtype of the language model."""
+        images = self.model.get_image_features(
+            pixel_values=pixel_values, patch_features=patch_features, image_codes=image_codes
+        ).pooler_output
+        return torch.stack(list(images)).to(self.get_input_embeddings().weight.dtype)
+
+    def _need_bottleneck(self) -> None:
+        if not self.model.compressor.n_bottleneck:
+            raise ValueError(
+                f"compressor {self.model.compressor.name!r} has no bottleneck, so there are no cells to keep; "
+                "use voco or htc, or call generate with pixel_values"
+            )
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and of the compressor's settings.
+
+        Independent of device and of the dtype the weights were loaded in.
+        """
+        weights = dict(self.named_parameters())
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in weights.values())
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None or cached[0] != state:
+            digest = hashlib.sha256(json.dumps(self.config.compressor, sort_keys=True).encode())
+            for name in sorted(weights):
+                flat = weights[name].detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // N_SAMPLED)][:N_SAMPLED].to(torch.bfloat16).cpu()
+                digest.update(f"{name} {tuple(weights[name].shape)}".encode())
+                digest.update(sample.view(torch.int16).numpy().tobytes())
+            cached = (state, digest.hexdigest()[:16])
+            self.__dict__["_fingerprint"] = cached
+        return cached[1]
+
+    # ---------------------------------------------------------------- answer
+    def generate(self, inputs: Tensor | None = None, *args: Any, compressed: CompressedImages | None = None, **kwargs: Any) -> Any:
+        """As transformers' generate. With a bottleneck method images are compressed first and answered from their cells.
+
+        compressed: images compressed before, instead of pixel_values; see `placing.place` for how prompts refer to them.
+        Returned sequences start with the prompt as it was given.
+        """
+        bottleneck = self.model.compressor.n_bottleneck
+        pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "patch_features", "image_codes")}
+        has_pixels = pixels["pixel_values"] is not None or pixels["patch_features"] is not None
+        if not bottleneck or not (has_pixels or compressed is not None):
+            if compressed is not None:
+                self._need_bottleneck()
+            given = {name: value for name, value in pixels.items() if value is not None}
+            return super().generate(inputs, *args, **given, **kwargs)
+        if has_pixels and compressed is not None:
+            raise ValueError("give pixel_values or compressed=..., not both")
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values cannot be combined with images; give the whole conversation and compressed=...")
+        if compressed is None:
+            compressed = self.compress(**pixels)
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if prompt is None:
+            raise ValueError("generate needs input_ids (the question); got images only")
+        inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed)
+        n_copies = self._n_copies(args, kwargs)
+        if n_copies > 1:
+            inputs_over_cells["past_key_values"].batch_repeat_interleave(n_copies)
+        out = super().generate(None, *args, **inputs_over_cells, **kwargs)
+        return _with_prompt(out, prompt, n_placed=inputs_over_cells["input_ids"].shape[1])
+
+    def _n_copies(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """How many rows generate will make of each prompt (beams, return sequences)."""
+        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        counts = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
+        return max(counts)
+
+    def _inputs_over_cells(
+        self, input_ids: Tensor, attention_mask: Tensor | None, compressed: CompressedImages
+    ) -> dict[str, Any]:
+        """Prompts and compressed images -> what a forward pass or generate needs to run the text over the cells."""
+        self._need_bottleneck()
+        compressed.check_made_by(self.fingerprint())
+        compressor = self.model.compressor
+        placed = place(
+            input_ids,
+            attention_mask,
+            n_images=len(compressed),
+            n_bottleneck=compressor.n_bottleneck,
+            image_cost=compressed.n_visual if compressor.positions == "sequential" else 0,
+            image_token_id=self.config.image_token_id,
+            bottleneck_token_id=self.model._bottleneck_id(),
+        )
+        cells = self._gather_cells(placed, compressed)
+        batch, n_cells = cells.shape[0], cells.shape[4]
+        is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
+        out = {
+            "input_ids": torch.cat((placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1),
+            "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
+            "position_ids": placed.text_position,
+            "past_key_values": sockets.cache_from_cells(cells, self.model.language_model.config),
+        }
+        if placed.interleaved:
+            steps = torch.arange(compressor.n_bottleneck, device=cells.device)
+            out["cell_positions"] = (placed.slot_position[:, :, None] + steps).flatten(1)
+        return out
+
+    def _gather_cells(self, placed: Placed, compressed: CompressedImages) -> Tensor:
+        """-> (B, layers, 2, kv heads, slots * K, head_dim), keys rotated to their places."""
+        embedding = self.get_input_embeddings().weight
+        cells = compressed.cells.to(embedding.device, embedding.dtype)[placed.image.flatten()]
+        inv_freq = self.model.language_model.rotary_emb.inv_freq
+        keys = rope.rotate_keys(cells[:, :, 0], inv_freq.to(cells.device), placed.slot_position.flatten())
+        cells = torch.stack((keys, cells[:, :, 1]), dim=2).unflatten(0, placed.image.shape)  # (B, slots, layers, 2, kv, K, hd)
+        return cells.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+
+
+def _with_prompt(out: Any, prompt: Tensor, n_placed: int) -> Any:
+    """Sequences that start with the caller's prompt instead of the one that ran over the cells."""
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    repeated = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
+    joined = torch.cat((repeated, sequences[:, n_placed:]), dim=1)
+    if isinstance(out, Tensor):
+        return joined
+    out.sequences = joined
+    return out
+
+
+def sizes_of(config: HtcVlmConfig) -> Sizes:
+    """What compressors with weights need to know, read from the configuration."""
+    vision = config.vision_config
+    n_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    return Sizes(
+        n_patches=(vision.image_size // vision.patch_size) ** 2,
+        vision_width=vision.hidden_size * n_layers,
+        llm_width=config.text_config.hidden_size,
+        initializer_range=config.text_config.initializer_range,
+    )

@@ -1,0 +1,109 @@
+"""Where our masks and caches meet transformers' internals; the only file that touches them.
+
+Source:  transformers 5.23: masking_utils.create_causal_mask, LlamaModel, DynamicCache (read and tested; see docs/design.md).
+Differs: nothing is patched: masks go in ready-made, caches are built from tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+HONOURS_MASKS = ("sdpa", "eager", "flex_attention")
+
+
+def ready_mask(config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, visible: Tensor) -> Tensor:
+    """(B, L, L) bool, True = may look -> the 4-D form that the model's attention backend obeys.
+
+    A 4-D *bool* mask is obeyed by sdpa and silently all but ignored by eager, so the form is left to transformers.
+    Raises ValueError for backends that ignore masks (flash attention).
+    """
+    backend = config._attn_implementation
+    if backend not in HONOURS_MASKS:
+        raise ValueError(
+            f"this needs an attention mask, which {backend!r} ignores; load with attn_implementation="
+            f"{' or '.join(map(repr, HONOURS_MASKS))} (answering from compressed images works with any backend)"
+        )
+    if attention_mask is None:                     # never None: transformers would look for packed sequences in position_ids
+        attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        and_mask_function=lambda b, h, q, kv: visible[b, q, kv],
+    )
+
+
+def mask_over_cells(
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: DynamicCache,
+    position_ids: Tensor,
+    cell_positions: Tensor,
+) -> Tensor:
+    """The mask for text with images in its midst, answered from a cache: a token sees the images before it only.
+
+    cell_positions (B, n_cells): the position of each cached bottleneck token; the cells are the first n_cells columns.
+    """
+    n_cells = cell_positions.shape[1]
+    if attention_mask is None:
+        n_columns = cache.get_seq_length() + inputs_embeds.shape[1]
+        attention_mask = torch.ones((inputs_embeds.shape[0], n_columns), dtype=torch.long, device=inputs_embeds.device)
+    n_columns = attention_mask.shape[1]
+    places = torch.nn.functional.pad(cell_positions, (0, n_columns - n_cells), value=torch.iinfo(torch.long).min)
+    n_past = cache.get_seq_length()
+    seen = places[:, None, :] < position_ids[:, :, None]                                    # (B, new tokens, columns)
+    if config._attn_implementation not in HONOURS_MASKS:
+        raise ValueError(
+            f"images amid the text need an attention mask, which {config._attn_implementation!r} ignores; put the images "
+            f"first or load with attn_implementation={' or '.join(map(repr, HONOURS_MASKS))}"
+        )
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        and_mask_function=lambda b, h, q, kv: seen[b, q - n_past, kv],
+    )
+
+
+def cache_from_cells(cells: Tensor, config: PreTrainedConfig) -> DynamicCache:
+    """(B, layers, 2, kv heads, n, head_dim) -> a cache of its own, one entry per cell and layer."""
+    pairs = [(cells[:, i, 0].contiguous(), cells[:, i, 1].contiguous()) for i in range(cells.shape[1])]
+    return DynamicCache(pairs, config=config)
+
+
+def cells_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
+    """The last n_last entries of every layer -> (B, layers, 2, kv heads, n_last, head_dim)."""
+    layers = [torch.stack((layer.keys[:, :, -n_last:], layer.values[:, :, -n_last:]), dim=1) for layer in cache.layers]
+    return torch.stack(layers, dim=1)
+
+
+def attention_of_last_rows(
+    language_model: nn.Module, hidden_states: tuple[Tensor, ...], cache: DynamicCache, position_ids: Tensor, n_last: int
+) -> Tensor:
+    """What the last n_last tokens looked at, recomputed from a finished pass -> (B, layers, H, n_last, L), rows sum to 1.
+
+    hidden_states: the inputs of the layers (output_hidden_states=True); `cache` holds that pass's rotated keys. The last
+    rows must see all L tokens but the later ones among themselves, as bottleneck tokens in a compress pass do. The pass
+    itself is not changed by asking.
+    """
+    cos, sin = language_model.rotary_emb(hidden_states[0], position_ids=position_ids)
+    cos, sin = cos[:, -n_last:], sin[:, -n_last:]
+    rows = []
+    for layer, entering, stored in zip(language_model.layers, hidden_states, cache.layers, strict=False):
+        attention = layer.self_attn
+        last = layer.input_layernorm(entering[:, -n_last:])
+        query = attention.q_proj(last).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        keys = repeat_kv(stored.keys, attention.num_key_value_groups)
+        scores = (query @ keys.transpose(2, 3)).float() * attention.scaling
+        length = scores.shape[-1]
+        future = torch.ones(n_last, length, dtype=torch.bool, device=scores.device).triu(length - n_last + 1)
+        rows.append(scores.masked_fill(future, float("-inf")).softmax(dim=-1))
+    return torch.stack(rows, dim=1)
