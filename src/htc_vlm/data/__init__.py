@@ -1,0 +1,1 @@
+"""Pictures, conversations and small real data sets: from files on disk to batches."""
