@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: masks, selection, merging, clustering, rotary positions and costs."""
