@@ -1,0 +1,1 @@
+"""Image -> discrete codes, one file each."""
