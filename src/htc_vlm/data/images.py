@@ -161,7 +161,7 @@ def _what_it_is(head: bytes) -> str:
 
 
 def _grey_key_scale(image: Image.Image) -> int:
-    """What to multiply the transparent grey of a PNG of 2 or 4 bits by, 1 elsewhere; asked before pixels are loaded."""
+    """What to multiply the transparent grey of a PNG of 2 or 4 bits by, 1 elsewhere; asked before loading pixels."""
     if image.format != "PNG" or image.mode != "L" or "transparency" not in image.info:
         return 1
     tiles = image.tile  # type: ignore[attr-defined]
