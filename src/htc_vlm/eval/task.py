@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -73,7 +73,7 @@ def find_tasks() -> Registry:
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task called `name`, with protocol choices other than the defaults; ValueError names what is known."""
     cls = find_tasks().get(name)
-    known = cls.__dataclass_fields__
+    known = [field.name for field in fields(cls)]
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise ValueError(f"task {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
@@ -115,6 +115,12 @@ def lettered_prompt(question: str, options: Mapping[str, str]) -> str:
     Answer with the option's letter from the given choices directly.
     """
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())]) + LETTER
+
+
+def check_choice(option: str, value: str, known: Sequence[str]) -> None:
+    """ValueError when a protocol choice is none of those there are."""
+    if value not in known:
+        raise ValueError(f"{option} is one of {', '.join(known)}; got {value!r}")
 
 
 def check_split(task: Task, split: str) -> None:

@@ -1,0 +1,75 @@
+"""`htc-vlm eval MODEL --task a,b`: answer the questions of benchmarks and score them.
+
+Source:  ours.
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from htc_vlm.eval.run import run_task
+from htc_vlm.eval.task import Task, find_tasks, make_task
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="htc-vlm eval", description=run.__doc__)
+    parser.add_argument("model", help="a shipped checkpoint's name or a path")
+    parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the official files")
+    parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
+    parser.add_argument("--split", help="a split of the task; its first one by default")
+    parser.add_argument("--limit", type=int, help="only the first N questions of the fixed order")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions asked at once")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--seed", type=int, help="recorded in the result; decoding is greedy")
+    parser.add_argument("--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="a protocol choice")
+    return parser
+
+
+def parse_options(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """["pope.headline=accuracy", "textvqa.ocr=false"] -> {task: {option: value}}; true and false are booleans.
+
+    >>> parse_options(["pope.headline=accuracy", "textvqa.ocr=false"])
+    {'pope': {'headline': 'accuracy'}, 'textvqa': {'ocr': False}}
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        task, dot, option = name.rpartition(".")
+        if not (equals and dot):
+            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {pair!r}")
+        options.setdefault(task, {})[option] = {"true": True, "false": False}.get(value, value)
+    return options
+
+
+def _tasks(args: argparse.Namespace) -> list[Task]:
+    options = parse_options(args.set)
+    names = [name.strip() for name in args.task.split(",") if name.strip()]
+    unused = sorted(set(options) - set(names))
+    if unused:
+        raise ValueError(f"--set names {', '.join(unused)}, which --task does not run")
+    return [make_task(name, options.get(name)) for name in names]
+
+
+def run(argv: list[str]) -> int:
+    """Answer benchmark questions and score them; start again to go on where a run was cut off."""
+    args = _parser().parse_args(argv)
+    tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
+
+    from htc_vlm import load
+    from htc_vlm.model.answering import Answerer
+
+    model, processor = load(args.model)
+    answerer = Answerer(model.to(args.device).eval(), processor)
+    for task in tasks:
+        result = run_task(
+            answerer, task, args.output, args.limit, args.batch_size, root=args.data, split=args.split,
+            seed=args.seed, device=args.device, config={"model": args.model},
+        )  # fmt: skip
+        shown = {key: result[key] for key in ("task", "split", "n_questions")}
+        print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))
+    return 0

@@ -1,0 +1,141 @@
+"""MMBench dev (English): multiple choice, asked once for every rotation of its options.
+
+Source:  Liu et al. 2023; mmbench_dev_20230712.tsv from opencompass; prompt as in LLaVA-1.5 (model_vqa_mmbench.py
+         with --single-pred-prompt); reading of the letter and circular rule as in open-compass/VLMEvalKit.
+Differs: an answer in which no option can be read by rule is wrong; the official server asks a chat model there.
+         At most 128 new tokens (LLaVA allows 1024): a letter needs one.
+
+The file holds the rotations as rows of their own (index + 1000000, + 2000000, ...). A file without them is rotated
+here in the same way. `circular=false` scores the unrotated rows alone ("vanilla"), which is always shown too.
+
+Files:   mmbench/mmbench_dev_20230712.tsv (pictures are inside, base64)
+Prompt:  [<hint>\\n]<question>\\nA. <option>\\nB. ...
+         Answer with the option's letter from the given choices directly.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from htc_vlm.eval.score import circular_accuracy, option_letter
+from htc_vlm.eval.task import TASKS, Item, lettered_prompt, percent
+
+_FILE = "mmbench_dev_20230712.tsv"
+_STEP = 1_000_000
+
+
+def _is_none(value: str | None) -> bool:
+    """LLaVA's is_none: pandas reads an empty field as nan."""
+    return value is None or value.strip().lower() in ("", "nan", "none")
+
+
+def _decode(base64_picture: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(base64_picture))).convert("RGB")
+
+
+@dataclass(frozen=True)
+class MmBenchRow:
+    """One row of the TSV: `index` counts rotations in millions."""
+
+    index: int
+    question: str
+    options: dict[str, str]
+    answer: str
+    category: str
+    picture: str
+    n_rows: int = 1  # rows of this question in the file, all of which must be right
+
+
+def _index(row: MmBenchRow) -> int:
+    return row.index
+
+
+def _rows(path: Path) -> list[MmBenchRow]:
+    if not path.is_file():
+        raise FileNotFoundError(f"official file missing: {path}")
+    csv.field_size_limit(sys.maxsize)  # a picture is one field
+    with path.open(encoding="utf-8", newline="") as file:
+        return [_row(fields) for fields in csv.DictReader(file, delimiter="\t")]
+
+
+def _row(fields: Mapping[str, Any]) -> MmBenchRow:
+    options: dict[str, str] = {}
+    for letter in "ABCD":
+        if _is_none(fields[letter]):
+            break
+        options[letter] = fields[letter]
+    if fields.get("answer") not in options:
+        raise ValueError(f"MMBench row {fields['index']} has no usable answer: {fields.get('answer')!r} of {options}")
+    question = fields["question"] if _is_none(fields["hint"]) else f"{fields['hint']}\n{fields['question']}"
+    return MmBenchRow(int(fields["index"]), question, options, fields["answer"], fields["category"], fields["image"])
+
+
+def rotations(row: MmBenchRow) -> Iterator[MmBenchRow]:
+    """The other rotations of a row: every step moves each option's text one letter up.
+
+    >>> row = MmBenchRow(7, "?", {"A": "cat", "B": "dog"}, "A", "", "")
+    >>> [(turned.index, turned.options, turned.answer) for turned in rotations(row)]
+    [(1000007, {'A': 'dog', 'B': 'cat'}, 'B')]
+    """
+    letters, texts = list(row.options), list(row.options.values())
+    for step in range(1, len(letters)):
+        turned = dict(zip(letters, texts[step:] + texts[:step], strict=True))
+        answer = letters[(letters.index(row.answer) - step) % len(letters)]
+        yield MmBenchRow(row.index + step * _STEP, row.question, turned, answer, row.category, row.picture)
+
+
+@TASKS.register("mmbench")
+@dataclass(frozen=True)
+class MmBench:
+    name: ClassVar[str] = "mmbench"
+    splits: ClassVar[tuple[str, ...]] = ("dev",)
+    max_new_tokens: ClassVar[int] = 128
+    circular: bool = True
+
+    def load(self, root: Path, split: str) -> list[Item]:
+        rows = _rows(root / "mmbench" / _FILE)
+        if all(row.index < _STEP for row in rows):
+            rows = [turned for row in rows for turned in (row, *rotations(row))]
+        by_question: dict[int, list[MmBenchRow]] = {row.index: [] for row in rows if row.index < _STEP}
+        orphans = [row.index for row in rows if row.index % _STEP not in by_question]
+        if orphans:
+            raise ValueError(f"MMBench: rotations of questions that are not in the file: {orphans[:10]}")
+        for row in rows:
+            by_question[row.index % _STEP].append(row)
+        # The unrotated row comes first: its picture serves all, and a question's rows follow one another.
+        return [item for turned in by_question.values() for item in self._items(sorted(turned, key=_index))]
+
+    @staticmethod
+    def _items(turned: Sequence[MmBenchRow]) -> Iterator[Item]:
+        load = partial(_decode, turned[0].picture)
+        for row in turned:
+            counted = replace(row, n_rows=len(turned), picture="")
+            prompt = lettered_prompt(row.question, row.options)
+            yield Item(str(row.index), str(turned[0].index), load, prompt, counted)
+
+    def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+        right = {
+            item.reference.index: option_letter(answers[item.id], item.reference.options) == item.reference.answer
+            for item in items
+        }
+        asked = Counter(index % _STEP for index in right)
+        cut = [row.index for row in (item.reference for item in items) if asked[row.index % _STEP] != row.n_rows]
+        if cut:
+            raise ValueError(f"MMBench asks all rotations of a question; --limit cuts {cut}: take some more or less")
+        unturned = [is_right for index, is_right in right.items() if index < _STEP]
+        shares = {"circular": circular_accuracy(right.items()), "vanilla": sum(unturned) / len(unturned)}
+        for category in sorted({item.reference.category for item in items}):
+            of_category = [item.reference.index for item in items if item.reference.category == category]
+            shares[category] = circular_accuracy((index, right[index]) for index in of_category)
+        return percent({"score": shares["circular" if self.circular else "vanilla"]} | shares)

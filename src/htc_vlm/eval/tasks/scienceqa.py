@@ -1,0 +1,68 @@
+"""ScienceQA-IMG: the test questions that have a picture.
+
+Source:  Lu et al. 2022; data/scienceqa of lupantech/ScienceQA; scoring as in LLaVA (eval_science_qa.py).
+Differs: a question without an answer is an error; LLaVA gives it the prompt "Unknown", which takes it out of the
+         image-accuracy denominator. At most 128 new tokens (LLaVA allows 1024).
+
+`prompt`: LLaVA's llava_test_CQM-A.json (context, question, choices) is published only inside eval.zip. "letters" (the
+default) is the wording by which lmms-eval reproduces its number; "cqm" is what LLaVA's convert_sqa_to_llava.py writes
+for CQM-A. The order matters: users report 44.8 with the context last, 66.8 with it first (LLaVA#1294).
+The paper's 66.5 (Table 1) and 69.5 (Table 2) are two different uncompressed numbers; LLaVA-1.5 reports 66.8.
+
+Files:   scienceqa/{pid_splits,problems}.json, scienceqa/images/test/<id>/image.png
+Prompt:  [Context: <hint>\\n]<question>\\nA. <choice>\\nB. ...
+         Answer with the option's letter from the given choices directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+from htc_vlm.eval.score import mean_by_kind, scienceqa_letter
+from htc_vlm.eval.task import LETTER, TASKS, Item, check_choice, lettered_prompt, percent, picture_at, read_json
+
+
+@TASKS.register("scienceqa")
+@dataclass(frozen=True)
+class ScienceQa:
+    name: ClassVar[str] = "scienceqa"
+    splits: ClassVar[tuple[str, ...]] = ("test", "val", "minitest", "minival")
+    max_new_tokens: ClassVar[int] = 128
+    prompt: str = "letters"
+
+    def __post_init__(self) -> None:
+        check_choice("scienceqa.prompt", self.prompt, ("letters", "cqm"))
+
+    def load(self, root: Path, split: str) -> list[Item]:
+        folder = root / "scienceqa"
+        problems = read_json(folder / "problems.json")
+        pictures = folder / "images" / split.removeprefix("mini")
+        return [
+            Item(pid, pid, picture_at(pictures / pid / problems[pid]["image"]), self._prompt(problems[pid]),
+                 problems[pid])
+            for pid in read_json(folder / "pid_splits.json")[split]
+            if problems[pid]["image"] is not None
+        ]  # fmt: skip
+
+    def _prompt(self, problem: Mapping[str, Any]) -> str:
+        choices = dict(zip(ascii_uppercase, problem["choices"], strict=False))
+        hint = problem["hint"].strip()
+        if self.prompt == "letters":
+            return lettered_prompt((f"Context: {hint}\n" if hint else "") + problem["question"], choices)
+        options = " ".join(f"({letter}) {text}" for letter, text in choices.items())
+        asked = f"Context: {hint or 'N/A'}\nQuestion: {problem['question']}\nOptions: {options}"
+        return asked.replace("  ", " ").strip() + LETTER
+
+    def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+        rows = [
+            (item.reference["subject"],
+             scienceqa_letter(answers[item.id], len(item.reference["choices"]))
+             == ascii_uppercase[item.reference["answer"]])
+            for item in items
+        ]  # fmt: skip
+        means = percent(mean_by_kind(rows))
+        return {"score": means.pop("overall")} | means
