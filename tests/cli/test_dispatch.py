@@ -51,6 +51,7 @@ def test_every_file_in_the_folder_is_a_listed_command() -> None:
         (FileNotFoundError(2, "No such file", "x.png"), "htc-vlm ask: x.png: No such file\n"),
         (OSError("the disk is full"), "htc-vlm ask: the disk is full\n"),
         (ValueError(), "htc-vlm ask: ValueError\n"),
+        (ImportError("LoRA needs peft; install it"), "htc-vlm ask: LoRA needs peft; install it\n"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(
@@ -83,12 +84,14 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bug_is_not_dressed_up_as_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Swallowing every exception would turn our own mistakes into the user's."""
 
-    def run(argv: list[str]) -> int:
-        raise TypeError("a bug")
+    for bug in (TypeError("a bug"), ModuleNotFoundError("No module named 'htc'", name="htc")):
 
-    install(monkeypatch, run)
-    with pytest.raises(TypeError):
-        cli.main(["ask"])
+        def run(argv: list[str], bug: Exception = bug) -> int:
+            raise bug
+
+        install(monkeypatch, run)
+        with pytest.raises(type(bug)):
+            cli.main(["ask"])
 
 
 def test_arguments_and_exit_code_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Import `cli/NAME.py` and run it; ValueError and OSError become one line on stderr and exit code 2."""
+    """Import `cli/NAME.py` and run it; a refusal becomes one line on stderr and exit code 2.
+
+    Refusals are ValueError, OSError, and an ImportError raised by hand to say what to install. One of Python's own has
+    a `name`, and is a bug.
+    """
     debug = os.environ.get("HTC_VLM_DEBUG", "") not in ("", "0")
     try:
         return int(importlib.import_module(f"{__name__}.{name}").run(argv))
@@ -111,8 +115,8 @@ def run_command(name: str, argv: list[str]) -> int:
         # `htc-vlm ... | head`: the reader has gone. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, ImportError) as error:
+        if debug or (isinstance(error, ImportError) and error.name is not None):
             raise
         print(f"htc-vlm {name}: {one_line(error)}", file=sys.stderr)
         return EXIT_REFUSED
