@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +163,44 @@ def test_the_progress_bar_leaves_standard_output_alone(
     """Prevents a bar inside piped results."""
     run_task(FakeAnswerer(), colours, tmp_path)
     assert capsys.readouterr().out == ""
+
+
+SLOW_RUN = """
+import sys, time
+from tests_eval_conftest import Colours
+from PIL import Image
+from htc_vlm.eval.run import run_task
+
+class Slow:
+    def answer(self, image_key, load_image, questions, max_new_tokens):
+        with open(sys.argv[2], "a") as log:
+            log.writelines(f"{question}\\n" for question in questions)
+        time.sleep(float(sys.argv[3]))
+        return ["yes"] * len(questions)
+
+run_task(Slow(), Colours(), sys.argv[1], batch_size=1)
+"""
+
+
+def test_sigkill_in_the_middle_loses_nothing_that_was_answered(tmp_path: Path) -> None:
+    """A real SIGKILL, not an exception: what was answered is on disk, and only the open question is asked again."""
+    (tmp_path / "tests_eval_conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "slow.py").write_text(SLOW_RUN)
+
+    def start(seconds: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "slow.py", str(tmp_path / "out"), str(tmp_path / "asked.log"), str(seconds)]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    first = start(0.4)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not _file(tmp_path / "out").exists()):
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -9
+    n_kept = len(_file(tmp_path / "out").read_text().splitlines())
+    assert 1 <= n_kept < 6
+    assert start(0).wait() == 0
+    asked = (tmp_path / "asked.log").read_text().splitlines()
+    assert len(_file(tmp_path / "out").read_text().splitlines()) == 6
+    assert len(asked) in (6, 7)  # 7: the question in flight when the kill came was never answered
+    assert set(asked) == {f"question {i} ?" for i in range(6)}
