@@ -145,8 +145,8 @@ class InvertedResidual(nn.Module):
         self.is_residual = stride == 1 and n_in == n_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = x if self.expand is None else F.relu6(self.expand(x))
-        h = self.project(F.relu6(self.depthwise(h)))
+        h = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        h = self.project(F.relu6(self.depthwise(h), inplace=True))
         return x + h if self.is_residual else h
 
 
@@ -192,12 +192,12 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
 
     def maps(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, S, S) -> the map after the head (B, 1280, S/32, S/32), the stride-16 map (B, 112, S/16, S/16)."""
-        x = F.relu6(self.stem(pixel_values))
+        x = F.relu6(self.stem(pixel_values), inplace=True)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i == self.fine_block:
                 fine = x
-        return F.relu6(self.head(x)), fine
+        return F.relu6(self.head(x), inplace=True), fine
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> (B, P, feature_dim): what the picture decides, without the position channels.
