@@ -64,8 +64,8 @@ class FillReport:
 
 def fingerprint(tower: EfficientNetLiteModel) -> str:
     """16 hex digits that change with any weight, and any setting that the weights' shapes do not show."""
-    config = tower.config
-    settings = [config.image_size, config.position_dim, config.layer_norm_eps, config.stage_strides, config.stage_depths]
+    c = tower.config
+    settings = [c.image_size, c.position_dim, c.layer_norm_eps, c.stage_strides, c.stage_depths]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())
