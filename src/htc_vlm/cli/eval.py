@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
     for task in tasks:
         result = run_task(
             answerer, task, args.output, args.limit, args.batch_size, root=args.data, split=args.split,
-            seed=args.seed, device=args.device, config={"model": args.model},
+            seed=args.seed, device=args.device, config={"model": args.model, "fingerprint": model.fingerprint()},
         )  # fmt: skip
         shown = {key: result[key] for key in ("task", "split", "n_questions")}
         print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import ModuleType
+from importlib import import_module
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
 from htc_vlm.eval.task import Item, percent
 
 
-def own_items(dataset: ModuleType, split: str) -> list[Item]:
-    """The fixed questions of one of our data modules, as items; the reference is the Question itself."""
+def own_items(module: str, split: str) -> list[Item]:
+    """The fixed questions of htc_vlm.data.<module>, as items; the reference is the Question itself."""
+    dataset = import_module(f"htc_vlm.data.{module}")
     return [
         Item(question.id, question.image, partial(dataset.picture, question.image), question.text, question)
         for question in dataset.questions(split)

@@ -1,0 +1,30 @@
+"""Fashion-MNIST as questions: what piece of clothing a small grey picture shows.
+
+Source:  Xiao et al. 2017, the pictures as htc_vlm.data.fashion_mnist ships them.
+Differs: ours to ask: a plain lower-case question, one word as answer; exact match by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from htc_vlm.eval.own import own_items, score_by_kind
+from htc_vlm.eval.task import TASKS, Item
+
+
+@TASKS.register("fashion-mnist")
+@dataclass(frozen=True)
+class FashionMnist:
+    name: ClassVar[str] = "fashion-mnist"
+    splits: ClassVar[tuple[str, ...]] = ("test", "val")
+    max_new_tokens: ClassVar[int] = 4
+
+    def load(self, root: Path, split: str) -> list[Item]:
+        """`root` is not used: the pictures ship in a package."""
+        return own_items("fashion_mnist", split)
+
+    def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+        return score_by_kind(items, answers)

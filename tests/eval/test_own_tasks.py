@@ -1,0 +1,40 @@
+"""Our own three sets as tasks: kinds apart, yes-no and open apart."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from htc_vlm.eval.own import score_by_kind
+from htc_vlm.eval.task import Item, find_tasks, make_task
+
+
+def _items(*questions: tuple[str, str]) -> list[Item]:
+    return [
+        Item(f"q{i}", "p", lambda: None, f"question {i} ?", SimpleNamespace(kind=kind, answer=answer))  # type: ignore[arg-type,return-value]
+        for i, (kind, answer) in enumerate(questions)
+    ]
+
+
+def test_our_sets_are_tasks() -> None:
+    """Prevents a set that can be trained on but not evaluated."""
+    assert {"pictograms", "easy-vqa", "fashion-mnist"} <= set(find_tasks().names())
+
+
+def test_yes_no_and_open_questions_stand_apart() -> None:
+    """2 of 3 yes-no and 1 of 2 open: 60 overall. Prevents yes-no luck from hiding behind one number."""
+    items = _items(("colour", "red"), ("shape", "circle"), ("colour-yes-no", "yes"), ("colour-yes-no", "no"),
+                   ("shape-yes-no", "no"))  # fmt: skip
+    answers = dict(zip(("q0", "q1", "q2", "q3", "q4"), ("red", "square", "yes", "yes", "No."), strict=True))
+    scores = make_task("easy-vqa").score(items, answers)
+    assert scores["score"] == 60 and scores["open"] == 50
+    assert scores["yes/no"] == pytest.approx(200 / 3)
+    assert scores["shape"] == 0 and scores["colour-yes-no"] == 50
+
+
+def test_kinds_are_scored_in_percent() -> None:
+    """3 of 4: a 2 of 2, b 1 of 2. Prevents shares among percentages."""
+    items = _items(("a", "cat"), ("a", "dog"), ("b", "top"), ("b", "two"))
+    said = {"q0": "cat", "q1": "Dog", "q2": "bottom", "q3": "two"}
+    assert score_by_kind(items, said) == {"score": 75, "a": 100, "b": 50}
