@@ -1,4 +1,4 @@
-"""Pictograms: scenes of pictograms, asked about by kind; seen drawing styles (test) and an unseen vendor (test-unseen).
+"""Pictograms: scenes of pictograms, asked about by kind; drawing styles seen (test) and an unseen vendor (test-unseen).
 
 Source:  ours (htc_vlm.data.pictograms); the bag-of-things ceiling is the lesson of specs/feasibility.md: a model that
          knows which things are in a scene, but not which is where, scores this much.
