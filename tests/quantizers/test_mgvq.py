@@ -281,10 +281,10 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
 
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """Prevents a resume that repeats or skips a batch, or loses optimizer state or the dead-code randomness."""
-    train_tokenizer(_pictures(), replace(SHORT, steps=200), tmp_path / "whole")
+    train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "whole")
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_mgvq as t; from dataclasses import replace;"
-        "t.train_tokenizer(t._pictures(), replace(t.SHORT, steps=200), sys.argv[2])"
+        "t.train_tokenizer(t._pictures(), replace(t.SHORT, steps=80), sys.argv[2])"
     )
     child = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "killed")])
     deadline = time.monotonic() + 120
@@ -293,8 +293,8 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights_and_me
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    report = train_tokenizer(_pictures(), replace(SHORT, steps=200), tmp_path / "killed")
-    assert 0 < report.resumed_at < 200
+    report = train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "killed")
+    assert 0 < report.resumed_at < 80
     whole, killed = MGVQ.load(tmp_path / "whole").state_dict(), MGVQ.load(tmp_path / "killed").state_dict()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
