@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from htc_vlm.eval.own import score_by_kind
+from htc_vlm.eval.run import run_task
 from htc_vlm.eval.task import Item, find_tasks, make_task
+
+from .conftest import FakeAnswerer
 
 
 def _items(*questions: tuple[str, str]) -> list[Item]:
@@ -38,3 +42,23 @@ def test_kinds_are_scored_in_percent() -> None:
     items = _items(("a", "cat"), ("a", "dog"), ("b", "top"), ("b", "two"))
     said = {"q0": "cat", "q1": "Dog", "q2": "bottom", "q3": "two"}
     assert score_by_kind(items, said) == {"score": 75, "a": 100, "b": 50}
+
+
+def test_pictograms_show_what_blind_and_unbound_answering_gives(tmp_path: Path) -> None:
+    """120 real questions, all answered "yes". Prevents a score without its baselines."""
+    result = run_task(FakeAnswerer(), "pictograms", tmp_path, limit=120)
+    assert set(result["baselines"]) == {"question only", "majority", "bag of things"}
+    asked = make_task("pictograms").load(tmp_path, "test")[:120]
+    n_yes = sum(item.reference.answer == "yes" for item in asked)
+    assert result["metrics"]["score"] == pytest.approx(100 * n_yes / 120)
+    bag = result["baselines"]["bag of things"]
+    assert bag["count"] == bag["exist"] == bag["background"] == 100 and bag["name"] < 100
+    assert result["baselines"]["question only"]["score"] < bag["score"]
+
+
+def test_the_unseen_vendor_is_a_split_of_its_own(tmp_path: Path) -> None:
+    """Prevents seen styles from standing for unseen ones."""
+    task = make_task("pictograms")
+    seen, unseen = task.load(tmp_path, "test"), task.load(tmp_path, "test-unseen")
+    assert not {item.id for item in seen} & {item.id for item in unseen}
+    assert not {item.image for item in seen} & {item.image for item in unseen}

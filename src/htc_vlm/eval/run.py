@@ -30,7 +30,7 @@ from htc_vlm.eval.answers import (
     require_all,
 )
 from htc_vlm.eval.provenance import provenance
-from htc_vlm.eval.task import Exports, Item, Task, check_split, make_task
+from htc_vlm.eval.task import Exports, HasBaselines, Item, Task, check_split, make_task
 
 
 class Answerer(Protocol):
@@ -163,6 +163,7 @@ def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], f
     return {
         "task": task.name,
         "metrics": task.score(chosen, texts),
+        "baselines": task.baselines(chosen) if isinstance(task, HasBaselines) else {},
         "n_questions": len(chosen),
         "n_images": len({item.image for item in chosen}),
         "answers_sha256": answers_sha256(texts),

@@ -62,6 +62,13 @@ class Exports(Protocol):
     def export(self, items: Sequence[Item], answers: Mapping[str, str]) -> Any: ...
 
 
+@runtime_checkable
+class HasBaselines(Protocol):
+    """A task that knows what answering blind gives: name -> numbers like those of `score`."""
+
+    def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]: ...
+
+
 def find_tasks() -> Registry:
     """Import every file of eval/tasks/ (one file = one benchmark) and return the filled registry."""
     package = import_module("htc_vlm.eval.tasks")

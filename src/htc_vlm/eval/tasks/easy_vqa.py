@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.own import own_items, score_by_kind
+from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, training_questions
 from htc_vlm.eval.task import TASKS, Item
 
 
@@ -34,3 +34,7 @@ class EasyVqa:
             if part:
                 scores[name] = score_by_kind(part, answers)["score"]
         return scores
+
+    def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
+        """Question only and majority, learnt from the training questions."""
+        return blind_baselines(training_questions("easy_vqa"), items)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.own import own_items, score_by_kind
+from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, training_questions
 from htc_vlm.eval.task import TASKS, Item
 
 
@@ -28,3 +28,7 @@ class FashionMnist:
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         return score_by_kind(items, answers)
+
+    def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
+        """Question only and majority, learnt from the training questions."""
+        return blind_baselines(training_questions("fashion_mnist"), items)

@@ -1,4 +1,4 @@
-"""Pictograms: scenes of pictograms, asked about by kind; drawing styles seen (test) and an unseen vendor (test-unseen).
+"""Pictograms: scenes of pictograms, by kind of question; styles seen in training (test), unseen vendor (test-unseen).
 
 Source:  ours (htc_vlm.data.pictograms); the bag-of-things ceiling is the lesson of specs/feasibility.md: a model that
          knows which things are in a scene, but not which is where, scores this much.
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.own import own_items, score_by_kind
+from htc_vlm.data import pictograms
+from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, weighted
 from htc_vlm.eval.task import TASKS, Item
+
+N_TRAIN_SCENES = 2000  # what the blind baselines learn from, twelve questions each
 
 
 @TASKS.register("pictograms")
@@ -29,3 +32,10 @@ class Pictograms:
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         return score_by_kind(items, answers)
+
+    def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
+        """Question only, majority, and what knowing which things, but not where, would give: "bag of things"."""
+        scenes = pictograms.images("train")[:N_TRAIN_SCENES]
+        train = [question for scene in scenes for question in pictograms.sample_questions(scene, 12, seed=0)]
+        ceiling = weighted(pictograms.ceilings(item.reference for item in items), items)
+        return blind_baselines(train, items) | {"bag of things": ceiling}
