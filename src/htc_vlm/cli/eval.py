@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="htc-vlm eval", description=run.__doc__)
     parser.add_argument("model", help="a shipped checkpoint's name or a path")
     parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the official files")
+    parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA or data)")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
     parser.add_argument("--split", help="a split of the task; its first one by default")
     parser.add_argument("--limit", type=int, help="only the first N questions of the fixed order")
@@ -58,6 +59,9 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
 def run(argv: list[str]) -> int:
     """Answer benchmark questions and score them; start again to go on where a run was cut off."""
     args = _parser().parse_args(argv)
+    if args.data is not None:
+        os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
+    root = Path(os.environ.get("HTC_VLM_DATA", "data"))
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
 
     from htc_vlm import load
@@ -67,7 +71,7 @@ def run(argv: list[str]) -> int:
     answerer = Answerer(model.to(args.device).eval(), processor)
     for task in tasks:
         result = run_task(
-            answerer, task, args.output, args.limit, args.batch_size, root=args.data, split=args.split,
+            answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,
             seed=args.seed, device=args.device, config={"model": args.model, "fingerprint": model.fingerprint()},
         )  # fmt: skip
         shown = {key: result[key] for key in ("task", "split", "n_questions")}

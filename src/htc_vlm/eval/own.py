@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from math import fsum
 
 from htc_vlm.data.pictograms import majority_baseline, question_only_baseline
 from htc_vlm.data.questions import Question
@@ -44,7 +45,7 @@ def with_score(shares: Mapping[str, float]) -> dict[str, float]:
 def weighted(by_kind: Mapping[str, float], items: Sequence[Item]) -> dict[str, float]:
     """{kind: share} -> {"score": mean over the items' kinds, kind: ...} in percent."""
     kinds = [item.reference.kind for item in items]
-    return {"score": 100 * sum(by_kind[kind] for kind in kinds) / len(kinds)} | percent(by_kind)
+    return {"score": 100 * fsum(by_kind[kind] for kind in kinds) / len(kinds)} | percent(by_kind)
 
 
 def training_questions(module: str) -> list[Question]:

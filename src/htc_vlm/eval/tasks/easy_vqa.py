@@ -1,8 +1,8 @@
 """easy-VQA: questions about one coloured shape on a plain ground; yes-no and open questions apart.
 
 Source:  vzhou842/easy-VQA, the pictures and questions of its package (htc_vlm.data.easy_vqa).
-Differs: ours to ask: a plain lower-case question, one word as answer. Half the questions of the original are yes-no
-         and lean to "no", so the overall score flatters; read "open" first.
+Differs: answers are single words, compared after lower case. Read "open" first: the question's text alone answers
+         82.5 % of the official test's yes-no questions (see the baselines), but 22.6 % of the open ones.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ class EasyVqa:
     max_new_tokens: ClassVar[int] = 4
 
     def load(self, root: Path, split: str) -> list[Item]:
-        """`root` is not used: the pictures ship in a package."""
+        """`root` is not used: htc_vlm.data.easy_vqa finds the package, or HTC_VLM_DATA (which --data sets)."""
         return own_items("easy_vqa", split)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
-        scores = score_by_kind(items, answers)
-        for name, wanted in (("yes/no", True), ("open", False)):
-            part = [item for item in items if (item.reference.answer in ("yes", "no")) is wanted]
-            if part:
-                scores[name] = score_by_kind(part, answers)["score"]
-        return scores
+        """The kinds are "open" and "yes/no"."""
+        return score_by_kind(items, answers)
 
     def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
         """Question only and majority, learnt from the training questions."""

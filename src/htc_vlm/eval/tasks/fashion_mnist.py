@@ -23,7 +23,7 @@ class FashionMnist:
     max_new_tokens: ClassVar[int] = 4
 
     def load(self, root: Path, split: str) -> list[Item]:
-        """`root` is not used: the pictures ship in a package."""
+        """`root` is not used: htc_vlm.data.fashion_mnist finds the files, or HTC_VLM_DATA (which --data sets)."""
         return own_items("fashion_mnist", split)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
