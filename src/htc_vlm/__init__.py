@@ -25,6 +25,17 @@ __all__ = [*_HOMES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("compressors", "ops", "quantizers", "model", "data", "train", "eval", "analysis", "tokens", "registry"):
+    if name in (
+        "compressors",
+        "ops",
+        "quantizers",
+        "model",
+        "data",
+        "train",
+        "eval",
+        "analysis",
+        "tokens",
+        "registry",
+    ):
         return importlib.import_module(f"htc_vlm.{name}")
     raise AttributeError(f"module 'htc_vlm' has no attribute {name!r}; it has: {', '.join(__all__)}")

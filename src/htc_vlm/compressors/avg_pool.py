@@ -19,7 +19,7 @@ from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, che
 
 @dataclass(frozen=True)
 class AvgPoolSettings:
-    n_tokens: int = 1               # a square number: 1, 4, 9, ...
+    n_tokens: int = 1  # a square number: 1, 4, 9, ...
     place: str = "before_projector"
 
 

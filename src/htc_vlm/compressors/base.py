@@ -25,9 +25,9 @@ COMPRESSORS = Registry("compressor")
 class Sizes:
     """What a compressor with weights needs to know of the model around it."""
 
-    n_patches: int          # P, of one image
-    vision_width: int       # width of the vision tower's features
-    llm_width: int          # D
+    n_patches: int  # P, of one image
+    vision_width: int  # width of the vision tower's features
+    llm_width: int  # D
     initializer_range: float = 0.02
 
 
@@ -35,10 +35,10 @@ class Sizes:
 class ImageFeatures:
     """A batch of images on its way to the language model. B counts images here, not samples."""
 
-    features: Tensor                        # (B, P, vision width), as the vision tower gives them
-    project: Callable[[Tensor], Tensor]     # (B, N, vision width) -> (B, N, D), the model's projector
-    pixels: Tensor | None = None            # (B, 3, height, width) in [0, 1]; None where codes were computed before
-    codes: Tensor | None = None             # (B, h, w, channels) quantized latents computed before; None: from pixels
+    features: Tensor  # (B, P, vision width), as the vision tower gives them
+    project: Callable[[Tensor], Tensor]  # (B, N, vision width) -> (B, N, D), the model's projector
+    pixels: Tensor | None = None  # (B, 3, height, width) in [0, 1]; None where codes were computed before
+    codes: Tensor | None = None  # (B, h, w, channels) quantized latents computed before; None: from pixels
 
     @property
     def patches(self) -> Tensor:
@@ -70,11 +70,11 @@ class Compressor(nn.Module):
 
     name: ClassVar[str]
     Settings: ClassVar[type] = NoSettings
-    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)     # settings the contract tests run, mildest first
-    PAPER: ClassVar[str] = ""                                  # for the README's table of methods
-    ACTS: ClassVar[str] = ""                                   # where: "before the LLM", "bottleneck", "inside the LLM"
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings the contract tests run, mildest first
+    PAPER: ClassVar[str] = ""  # for the README's table of methods
+    ACTS: ClassVar[str] = ""  # where: "before the LLM", "bottleneck", "inside the LLM"
     TRAINED: ClassVar[bool] = True
-    QUESTION_INDEPENDENT: ClassVar[bool] = True                # may its result be cached and shared by all questions?
+    QUESTION_INDEPENDENT: ClassVar[bool] = True  # may its result be cached and shared by all questions?
 
     def __init__(self, settings: Any) -> None:
         super().__init__()

@@ -31,7 +31,9 @@ class HtcSettings:
     channels: str = "hybrid"
     visual_attention: str = "self"
     positions: str = "sequential"
-    anchor_source: str = "quantized"    # ours: `latents` skips the quantization, `shuffled` gives each image another's code
+    anchor_source: str = (
+        "quantized"  # ours: `latents` skips the quantization, `shuffled` gives each image another's code
+    )
     quantizer: dict[str, Any] = field(default_factory=lambda: {"preset": "f16c32g8", "image_size": 336})
 
 
@@ -69,13 +71,13 @@ class Htc(Bottleneck):
         from htc_vlm.quantizers.mgvq import MGVQ
 
         self.quantizer = MGVQ(**self._quantizer_options())
-        self.quantizer.decoder = self.quantizer.post_quant_conv = None       # encoding is all the anchors need
+        self.quantizer.decoder = self.quantizer.post_quant_conv = None  # encoding is all the anchors need
         self.quantizer.requires_grad_(False)
         channels, width = self.quantizer.settings.latent_channels, sizes.llm_width
         if self.settings.channels == "discrete":
             self.to_anchors = AnchorMLP(channels, width, width)
         else:
-            hidden = self.settings.n_anchors * width                         # Eq. 4: W1 16384 x 14112, W2 16384 x 16384
+            hidden = self.settings.n_anchors * width  # Eq. 4: W1 16384 x 14112, W2 16384 x 16384
             self.to_anchors = AnchorMLP(self._code_side() ** 2 * channels, hidden, hidden)
 
     def _quantizer_options(self) -> dict[str, Any]:
@@ -102,11 +104,11 @@ class Htc(Bottleneck):
     def before_llm(self, images: ImageFeatures) -> Tensor:
         if not self.has_code:
             return images.patches
-        code = self.code(images)                                          # (B, h, w, channels)
+        code = self.code(images)  # (B, h, w, channels)
         if self.settings.channels == "discrete":
-            return self.to_anchors(code.flatten(1, 2))                    # (B, h * w, D)
+            return self.to_anchors(code.flatten(1, 2))  # (B, h * w, D)
         patches = images.patches
-        anchors = self.to_anchors(code.flatten(1)).unflatten(1, (self.settings.n_anchors, -1))   # (B, A, D)
+        anchors = self.to_anchors(code.flatten(1)).unflatten(1, (self.settings.n_anchors, -1))  # (B, A, D)
         if self.settings.fusion == "mean":
             return (patches + anchors.mean(dim=1, keepdim=True)) / 2
         return torch.cat((anchors, patches) if self.settings.fusion == "pre" else (patches, anchors), dim=1)

@@ -215,8 +215,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
     counts = Counter(thing.concept.category for thing in scene.things)
     value = int(rng.choice((0, 1, 1, 2, 2, 3)))
     pool = [category for category in categories() if counts[category] == value]
-    if not pool:
-        pool = [category for category in categories() if counts[category] == int(rng.integers(2))]
+    pool = pool or [category for category in categories() if counts[category] == 0]
     category = pool[int(rng.integers(len(pool)))]
     return f"how many of the kind {category} are there ?", COUNTS[counts[category]]
 

@@ -109,7 +109,9 @@ class CompressedImages:
                 about = json.loads(meta["about"])
                 cells = file.get_tensor("cells")
         except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}: damaged file of compressed images ({error}); compress the pictures again") from error
+            raise ValueError(
+                f"{path}: damaged file of compressed images ({error}); compress the pictures again"
+            ) from error
         if not torch.isfinite(cells).all():
             raise ValueError(f"{path}: damaged file of compressed images (values that are not finite); compress again")
         return cls(cells, str(about["fingerprint"]), int(about["n_visual"]))

@@ -28,7 +28,7 @@ from htc_vlm.model.placing import Placed, place
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
 
-N_SAMPLED = 1024        # values of each weight that enter the fingerprint
+N_SAMPLED = 1024  # values of each weight that enter the fingerprint
 
 
 class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -66,7 +66,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         states = self.vision_tower(pixel_values, return_dict=True, **kwargs).hidden_states
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or [])
         chosen = [states[i] for i in layers]
-        if vision_feature_select_strategy == "default":                 # leave out CLS
+        if vision_feature_select_strategy == "default":  # leave out CLS
             chosen = [state[:, 1:] for state in chosen]
         return torch.cat(chosen, dim=-1)
 
@@ -110,7 +110,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             pixels=None if pixel_values is None else self.denormalise(pixel_values),
             codes=image_codes,
         )
-        tokens = self.compressor.before_llm(images)                                        # (B, C, D)
+        tokens = self.compressor.before_llm(images)  # (B, C, D)
         promised = self.compressor.n_visual(patch_features.shape[1])
         if tokens.shape[1] != promised:
             raise ValueError(f"{self.compressor.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
@@ -180,11 +180,13 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The mask and positions of the paper's single pass. Changes `kwargs` so that no cache is kept of hidden tokens."""
         if input_ids is None:
-            raise ValueError(f"compressor {self.compressor.name!r} reads the layout from input_ids; give them, not embeddings")
+            raise ValueError(
+                f"compressor {self.compressor.name!r} reads the layout from input_ids; give them, not embeddings"
+            )
         layout = self.layout(input_ids, attention_mask, question_ids)
         has_image = bool(layout.is_visual.any())
         if not has_image and question_ids is None:
-            return attention_mask, position_ids                              # text only: plain LLaVA
+            return attention_mask, position_ids  # text only: plain LLaVA
         if has_image and self.compressor.n_bottleneck:
             self._check_bottlenecks(layout)
             if cache is not None or kwargs.get("use_cache"):
@@ -201,10 +203,14 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             position_ids = rope.position_ids(layout, self.compressor.positions)
         return sockets.ready_mask(self.language_model.config, like, attention_mask, visible), position_ids
 
-    def layout(self, input_ids: Tensor, attention_mask: Tensor | None, question_ids: Tensor | None = None) -> TokenLayout:
+    def layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, question_ids: Tensor | None = None
+    ) -> TokenLayout:
         """What each token of a prompt is."""
         bottleneck = self.config.bottleneck_token_id if self.compressor.n_bottleneck else None
-        return TokenLayout.from_input_ids(input_ids, attention_mask, self.config.image_token_id, bottleneck, question_ids)
+        return TokenLayout.from_input_ids(
+            input_ids, attention_mask, self.config.image_token_id, bottleneck, question_ids
+        )
 
     def _check_bottlenecks(self, layout: TokenLayout) -> None:
         n_images = int(layout.image.max(dim=1).values.sum())
@@ -216,9 +222,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
 
     # ---------------------------------------------------------------- compress
-    def compress_pass(
-        self, visual: Tensor, output_hidden_states: bool = False
-    ) -> tuple[Any, Tensor]:
+    def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck], with its cache, and the position ids."""
         n_images, n_visual, _ = visual.shape
         n_bottleneck = self.compressor.n_bottleneck
@@ -278,8 +282,15 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded, as
         `placing.place` orders them. For the other additions see HtcVlmModel.forward."""
         if compressed is not None:
-            if pixel_values is not None or past_key_values is not None or inputs_embeds is not None or labels is not None:
-                raise ValueError("with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)")
+            if (
+                pixel_values is not None
+                or past_key_values is not None
+                or inputs_embeds is not None
+                or labels is not None
+            ):
+                raise ValueError(
+                    "with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)"
+                )
             inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)
             n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
             inputs["input_ids"] = inputs["input_ids"][:, n_cells:]
@@ -329,11 +340,18 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         visual = self.visual_tokens(pixel_values, **features)
         out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
         return sockets.attention_of_last_rows(
-            self.model.language_model, out.hidden_states, out.past_key_values, position_ids, self.model.compressor.n_bottleneck
+            self.model.language_model,
+            out.hidden_states,
+            out.past_key_values,
+            position_ids,
+            self.model.compressor.n_bottleneck,
         )
 
     def visual_tokens(
-        self, pixel_values: Tensor | None = None, patch_features: Tensor | None = None, image_codes: Tensor | None = None
+        self,
+        pixel_values: Tensor | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
     ) -> Tensor:
         """-> (N, C, D), in the dtype of the language model."""
         images = self.model.get_image_features(
@@ -368,7 +386,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         return cached[1]
 
     # ---------------------------------------------------------------- answer
-    def generate(self, inputs: Tensor | None = None, *args: Any, compressed: CompressedImages | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, compressed: CompressedImages | None = None, **kwargs: Any
+    ) -> Any:
         """As transformers' generate. With a bottleneck method images are compressed first and answered from their cells.
 
         compressed: images compressed before, instead of pixel_values; see `placing.place` for how prompts refer to them.
@@ -385,7 +405,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         if has_pixels and compressed is not None:
             raise ValueError("give pixel_values or compressed=..., not both")
         if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values cannot be combined with images; give the whole conversation and compressed=...")
+            raise ValueError(
+                "past_key_values cannot be combined with images; give the whole conversation and compressed=..."
+            )
         if compressed is None:
             compressed = self.compress(**pixels)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -424,7 +446,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         batch, n_cells = cells.shape[0], cells.shape[4]
         is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
         out = {
-            "input_ids": torch.cat((placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1),
+            "input_ids": torch.cat(
+                (placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1
+            ),
             "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
             "position_ids": placed.text_position,
             "past_key_values": sockets.cache_from_cells(cells, self.model.language_model.config),
@@ -440,7 +464,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         cells = compressed.cells.to(embedding.device, embedding.dtype)[placed.image.flatten()]
         inv_freq = self.model.language_model.rotary_emb.inv_freq
         keys = rope.rotate_keys(cells[:, :, 0], inv_freq.to(cells.device), placed.slot_position.flatten())
-        cells = torch.stack((keys, cells[:, :, 1]), dim=2).unflatten(0, placed.image.shape)  # (B, slots, layers, 2, kv, K, hd)
+        cells = torch.stack((keys, cells[:, :, 1]), dim=2).unflatten(
+            0, placed.image.shape
+        )  # (B, slots, layers, 2, kv, K, hd)
         return cells.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
 
 

@@ -15,7 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 HONOURS_MASKS = ("sdpa", "eager", "flex_attention")
 
 
-def ready_mask(config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, visible: Tensor) -> Tensor:
+def ready_mask(
+    config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, visible: Tensor
+) -> Tensor:
     """(B, L, L) bool, True = may look -> the 4-D form that the model's attention backend obeys.
 
     A 4-D *bool* mask is obeyed by sdpa and silently all but ignored by eager, so the form is left to transformers.
@@ -27,7 +29,7 @@ def ready_mask(config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: 
             f"this needs an attention mask, which {backend!r} ignores; load with attn_implementation="
             f"{' or '.join(map(repr, HONOURS_MASKS))} (answering from compressed images works with any backend)"
         )
-    if attention_mask is None:                     # never None: transformers would look for packed sequences in position_ids
+    if attention_mask is None:  # never None: transformers would look for packed sequences in position_ids
         attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
     return create_causal_mask(
         config=config,
@@ -57,7 +59,7 @@ def mask_over_cells(
     n_columns = attention_mask.shape[1]
     places = torch.nn.functional.pad(cell_positions, (0, n_columns - n_cells), value=torch.iinfo(torch.long).min)
     n_past = cache.get_seq_length()
-    seen = places[:, None, :] < position_ids[:, :, None]                                    # (B, new tokens, columns)
+    seen = places[:, None, :] < position_ids[:, :, None]  # (B, new tokens, columns)
     if config._attn_implementation not in HONOURS_MASKS:
         raise ValueError(
             f"images amid the text need an attention mask, which {config._attn_implementation!r} ignores; put the images "
@@ -85,7 +87,11 @@ def cells_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
 
 
 def attention_of_last_rows(
-    language_model: nn.Module, hidden_states: tuple[Tensor, ...], cache: DynamicCache, position_ids: Tensor, n_last: int
+    language_model: nn.Module,
+    hidden_states: tuple[Tensor, ...],
+    cache: DynamicCache,
+    position_ids: Tensor,
+    n_last: int,
 ) -> Tensor:
     """What the last n_last tokens looked at, recomputed from a finished pass -> (B, layers, H, n_last, L), rows sum to 1.
 

@@ -30,7 +30,7 @@ def rotate_keys(keys: Tensor, inv_freq: Tensor, shift: Tensor) -> Tensor:
     half = keys.shape[-1] // 2
     if inv_freq.shape[0] != half:
         raise ValueError(f"keys have {half} frequency pairs, inv_freq has {inv_freq.shape[0]}; use the model's own")
-    angle = shift.to(torch.float32)[:, None] * inv_freq.to(torch.float32)[None, :]        # (B, head_dim / 2)
+    angle = shift.to(torch.float32)[:, None] * inv_freq.to(torch.float32)[None, :]  # (B, head_dim / 2)
     angle = angle.view(angle.shape[0], *(1,) * (keys.ndim - 2), half)
     cos, sin = angle.cos(), angle.sin()
     first, second = keys[..., :half].float(), keys[..., half:].float()
@@ -59,7 +59,7 @@ def position_ids(layout: TokenLayout, positions: str = "sequential") -> Tensor:
     costs = ~layout.is_padding
     if positions == "compact":
         costs = costs & ~layout.is_visual
-    ids = costs.long().cumsum(dim=1) - 1                                                   # position of this token
+    ids = costs.long().cumsum(dim=1) - 1  # position of this token
     if positions == "compact":
         ids = torch.where(layout.is_visual, ids + 1 - _visual_left(layout), ids)
     ids = ids - _length_of_earlier_questions(layout, costs)
@@ -68,7 +68,7 @@ def position_ids(layout: TokenLayout, positions: str = "sequential") -> Tensor:
 
 def _visual_left(layout: TokenLayout) -> Tensor:
     """(B, L): for a visual token, how many visual tokens of its run are left, itself included; elsewhere 0."""
-    count = layout.is_visual.long().flip(1).cumsum(dim=1).flip(1)                          # visual tokens from here on
+    count = layout.is_visual.long().flip(1).cumsum(dim=1).flip(1)  # visual tokens from here on
     return torch.where(layout.is_visual, count - _next_non_visual(count, layout.is_visual), 0)
 
 
@@ -77,7 +77,7 @@ def _next_non_visual(count: Tensor, is_visual: Tensor) -> Tensor:
     length = count.shape[1]
     here = torch.arange(length, device=count.device).expand_as(count)
     stop = torch.where(is_visual, torch.full_like(here, length), here)
-    stop = stop.flip(1).cummin(dim=1).values.flip(1)                                       # (B, L) index, `length` if none
+    stop = stop.flip(1).cummin(dim=1).values.flip(1)  # (B, L) index, `length` if none
     padded = torch.nn.functional.pad(count, (0, 1))
     return padded.gather(1, stop)
 
@@ -86,7 +86,7 @@ def _length_of_earlier_questions(layout: TokenLayout, costs: Tensor) -> Tensor:
     """(B, L): positions used by packed questions before this token's own one."""
     question = layout.question
     own = (question > 0) & costs
-    counted = own.long().cumsum(dim=1)                                                     # question tokens up to here
+    counted = own.long().cumsum(dim=1)  # question tokens up to here
     before = torch.nn.functional.pad(question, (1, 0))[:, :-1]
     starts = (question > 0) & (question != before)
     at_start = torch.where(starts, counted - own.long(), torch.zeros_like(counted))

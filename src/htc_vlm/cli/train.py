@@ -1,0 +1,53 @@
+"""htc-vlm train: run one stage of a preset; started again with the same output, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="htc-vlm train", description=__doc__)
+    arguments.add_argument("--preset", default="tiny", help="name in configs/ or a YAML file (default: tiny)")
+    arguments.add_argument("--stage", required=True, help="tokenizer, align, instruct or compress")
+    arguments.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoints, metrics and the trained model"
+    )
+    arguments.add_argument("--start", help="checkpoint to start from (a stage's output/model, or a LLaVA checkpoint)")
+    arguments.add_argument("--mgvq", help="weights of the quantizer, for compressors with anchors")
+    arguments.add_argument(
+        "--teacher", help="uncompressed checkpoint to distil from (with stages.STAGE.distill_weight)"
+    )
+    arguments.add_argument("--cache", type=Path, help="folder of the tower's features (default: beside the output)")
+    arguments.add_argument("--data", type=Path, help="folder of the data sets (default: $HTC_VLM_DATA)")
+    arguments.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the preset"
+    )
+    return arguments
+
+
+def run(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    from htc_vlm.train import presets
+
+    preset = presets.read(presets.find(options.preset), options.set)
+    if options.stage == "tokenizer":
+        from htc_vlm.train.tokenizer_stage import train_tokenizer_stage
+
+        report = train_tokenizer_stage(preset, options.output, options.data)
+    else:
+        from htc_vlm.train.setup import train_stage
+
+        report = train_stage(
+            preset,
+            options.stage,
+            options.output,
+            options.start,
+            options.cache,
+            options.data,
+            options.mgvq,
+            options.teacher,
+        )
+    print(json.dumps(report, indent=1))
+    return 0

@@ -1,0 +1,206 @@
+"""One training loop for all stages: transformers' Trainer with our data, refusals, metrics and exact resume.
+
+Source:  transformers Trainer (5.23); HTC-VLM Eq. 9 (plain language-model loss).
+Differs: distillation from the upper bound is ours, off by default; a checkpoint that a kill left half-written is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from htc_vlm.train.stages import Stage, freeze, trainable_table
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What a stage's block in a preset may set; the rest of transformers' TrainingArguments goes into `extra`."""
+
+    steps: int = 1000
+    images_per_step: int = 16
+    learning_rate: float = 1e-3
+    min_learning_rate_share: float = 0.03
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    clip: float = 1.0
+    save_every: int = 200
+    log_every: int = 20
+    seed: int = 0
+    compile: bool = False
+    workers: int = 0
+    precision: str = "float32"  # or bfloat16: autocast
+    distill_weight: float = 0.0  # ours: share of the loss that follows the teacher's answer distribution
+    extra: dict[str, Any] | None = None
+
+
+def last_whole_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones (no readable trainer_state.json) are removed."""
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        state = path / "trainer_state.json"  # the last file that Trainer writes
+        try:
+            step = json.loads(state.read_text())["global_step"] if state.exists() else None
+        except json.JSONDecodeError:
+            step = None
+        if step == int(path.name.split("-")[1]):
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+class StageTrainer(Trainer):
+    """Trainer in data order, which refuses a loss that is not finite, and may follow a teacher."""
+
+    def __init__(
+        self,
+        *args: Any,
+        teach: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        distill_weight: float = 0.0,
+        **kw: Any,
+    ):
+        super().__init__(*args, **kw)
+        self.teach, self.distill_weight = teach, distill_weight
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.teach is not None and self.distill_weight:
+            supervised = inputs["labels"][:, 1:] != -100
+            student = outputs.logits[:, :-1][supervised].float().log_softmax(-1)
+            teacher = self.teach(inputs).float().log_softmax(-1)
+            follow = nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * follow
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the data. "
+                "Checkpoints up to here are kept"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+class JsonLines(TrainerCallback):
+    """metrics.jsonl: one line per log, appended; lines after the step that a run resumes from are dropped first."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.start = file, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.file.exists():
+            rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
+            kept = [row for row in rows if row["step"] <= state.global_step]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **(logs or {})}
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def run(
+    model: nn.Module,
+    stage: Stage,
+    data: Dataset,
+    collator: Callable,
+    output: Path,
+    settings: LoopSettings,
+    teach: Callable[[dict[str, Tensor]], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Train `stage` into `output`; started again, it goes on from the last checkpoint and ends with the same weights.
+
+    Returns a report (also report.json): steps, seconds of this start, final loss, settings. Writes metrics.jsonl and loss.png.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    print(trainable_table(freeze(model, stage.trains)), flush=True)
+    if settings.compile:
+        for layer in model.model.language_model.layers:  # one graph serves all layers
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    trainer = StageTrainer(
+        model=model,
+        args=_arguments(output, settings),
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[JsonLines(output / "metrics.jsonl")],
+        teach=teach,
+        distill_weight=settings.distill_weight,
+    )
+    checkpoint = last_whole_checkpoint(output)
+    start = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if result.global_step == 0:
+        raise ValueError("not a single step was run: the data set gave no batch")
+    report = {
+        "stage": stage.name,
+        "steps": result.global_step,
+        "seconds": round(time.monotonic() - start, 1),
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "loss": result.training_loss,
+        "settings": asdict(settings),
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
+    return report
+
+
+def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
+    if settings.precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is {settings.precision!r}; known: float32, bfloat16")
+    options: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.images_per_step,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": settings.min_learning_rate_share},
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": settings.beta2,
+        "max_grad_norm": settings.clip,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "save_total_limit": 2,
+        "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "bf16": settings.precision == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": settings.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "report_to": "none",
+    }
+    return TrainingArguments(**{**options, **(settings.extra or {})})
+
+
+def plot_loss(metrics: Path, picture: Path, title: str) -> None:
+    """metrics.jsonl -> a picture of the loss over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    points = [(row["step"], row["loss"]) for row in rows if "loss" in row and math.isfinite(row["loss"])]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    if points:
+        axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.2)
+    axes.set(title=f"training loss: {title}", xlabel="step", ylabel="loss (nats per answer token)")
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

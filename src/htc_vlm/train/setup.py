@@ -1,0 +1,212 @@
+"""From a preset and a stage to a running loop: which model it starts from, and which data it reads.
+
+Source:  ours.
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from htc_vlm.data.collate import Collator, Sample
+from htc_vlm.data.conversations import Record, encode, load_conversations
+from htc_vlm.data.images import load_image
+from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
+from htc_vlm.train import presets
+from htc_vlm.train.features import FeatureCache, fill, meta_for
+from htc_vlm.train.loop import run
+from htc_vlm.train.packed import PackedQuestions, Source, codes_of
+from htc_vlm.train.stages import STAGES, Stage
+
+STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1}
+CODE_PICTURE_SIZE = 160
+
+
+def train_stage(
+    preset: dict[str, Any],
+    stage_name: str,
+    output: Path,
+    start: str | None = None,
+    cache: Path | None = None,
+    data_root: Path | None = None,
+    mgvq: str | None = None,
+    teacher: str | None = None,
+) -> dict[str, Any]:
+    """Train one stage of a preset into `output` (resumed if it was begun); the trained model is saved in output/model.
+
+    start: checkpoint to start from (required but for the first stage); mgvq: the quantizer's weights; teacher: checkpoint
+    whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie.
+    """
+    stage = _stage(preset, stage_name)
+    block = preset["stages"][stage_name]
+    settings = presets.loop_settings(block)
+    if data_root is not None:
+        os.environ["HTC_VLM_DATA"] = str(data_root)
+    model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed)
+    if settings.distill_weight and teacher is None:
+        raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
+    conversations = any(part.get("json") for part in preset["data"])
+    if conversations:
+        data: Dataset = ConversationData(preset, processor)
+    else:
+        folder = cache or output.parent / "cache"
+        data = PackedQuestions(
+            _sources(preset, model, folder),
+            n_samples=settings.steps * settings.images_per_step,
+            n_text=int(preset["n_text"]),
+            tokenizer=processor.tokenizer,
+            image_text=processor.image_text(),
+            seed=settings.seed,
+        )
+    collator = Collator(
+        processor.tokenizer.pad_token_id, multiple_of=16 if conversations else _packed_length(preset, processor)
+    )
+    teach = _teach(teacher, model) if teacher is not None and settings.distill_weight else None
+    report = run(model, stage, data, collator, output, settings, teach)
+    save_rounded(model, processor, output / "model")
+    (output / "preset.json").write_text(json.dumps(preset, indent=1) + "\n")
+    return report
+
+
+def _stage(preset: dict[str, Any], name: str) -> Stage:
+    if name not in STAGES or name not in preset["stages"]:
+        known = [stage for stage in STAGES if stage in preset["stages"]]
+        raise ValueError(f"preset {preset.get('name')!r} has no stage {name!r}; it has: {', '.join(known)}")
+    trains = preset["stages"][name].get("trains")
+    stage = STAGES[name]
+    return stage if trains is None else Stage(name, tuple(trains), stage.starts_from, stage.compresses)
+
+
+def _starting_model(
+    preset: dict[str, Any], stage: Stage, block: dict[str, Any], start: str | None, mgvq: str | None, seed: int
+) -> tuple[Any, Any]:
+    from htc_vlm.model.convert import with_compressor
+
+    if start is None:
+        if stage.compresses or "base" in preset:
+            raise ValueError(f"stage {stage.name!r} starts from a trained checkpoint; give it with --start")
+        return presets.build_tiny(preset, tower=os.environ.get("HTC_VLM_TOWER"), seed=seed)
+    torch.manual_seed(seed)
+    compressor = block.get("compressor", {"name": "none"})
+    return with_compressor(start, compressor, mgvq, dtype=torch.float32)
+
+
+def _packed_length(preset: dict[str, Any], processor: Any) -> int:
+    """One fixed length for all batches, so that a compiled layer is compiled once."""
+    n_image = len(processor.tokenizer.encode(processor.image_text(), add_special_tokens=False))
+    return n_image + int(preset["n_text"])
+
+
+def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
+    """Open or fill the feature caches of a preset's tasks."""
+    tower = model.model.vision_tower
+    encode_code = getattr(model.model.compressor, "encode", None)
+    sources = []
+    for options in preset["data"]:
+        part = presets.DataPart(**options)
+        module = presets.task_module(part.task)
+        ids = module.images("train")[: part.images]
+        if len(ids) < part.images:
+            raise ValueError(f"{part.task}: {part.images} images asked for, the training split has {len(ids)}")
+        cache = FeatureCache(folder / f"{part.task}-train", meta_for(tower, part.images, CODE_PICTURE_SIZE))
+        if cache.missing():
+            print(
+                f"{part.task}: computing the tower's features of {len(cache.missing())} images (resumable)", flush=True
+            )
+            fill(cache, tower, lambda i, module=module, ids=ids: module.picture(ids[i]))
+        codes = None
+        if encode_code is not None and model.model.compressor.has_code:
+            kind = model.model.compressor.settings.anchor_source
+            codes = codes_of(
+                cache, encode_code, folder / f"{part.task}-codes-{'latents' if kind == 'latents' else 'quantized'}.npy"
+            )
+        sources.append(Source(part.task, cache, _asker(module, ids), part.share, codes))
+    return sources
+
+
+def _asker(module: Any, ids: Sequence[str]) -> Callable[[int, int, int], list[tuple[str, str]]]:
+    def ask(image: int, n: int, seed: int) -> list[tuple[str, str]]:
+        return [(question.text, question.answer) for question in module.sample_questions(ids[image], n, seed)]
+
+    return ask
+
+
+def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A function: a batch -> the teacher's logits at the supervised tokens, in the same order as the student's."""
+    from htc_vlm.model import HtcVlmForConditionalGeneration
+
+    teacher = HtcVlmForConditionalGeneration.from_pretrained(path).to(student.device).eval().requires_grad_(False)
+    if teacher.model.compressor.name != "none":
+        raise ValueError(f"the teacher must be uncompressed, {path} uses {teacher.model.compressor.name!r}")
+    image_id, bottleneck_id = student.config.image_token_id, student.config.bottleneck_token_id
+    n_patches = teacher.config.vision_config.n_patches
+
+    @torch.no_grad()
+    def teach(batch: dict[str, Tensor]) -> Tensor:
+        ids, labels = batch["input_ids"], batch["labels"]
+        is_image = (ids == image_id) | (ids == bottleneck_id)
+        n_image = int(is_image[0].sum())
+        if not bool((is_image[:, :n_image].all(1) & (is_image.sum(1) == n_image)).all()):
+            raise ValueError("distillation needs exactly one image in front of each sample")
+        prefix = ids.new_full((ids.shape[0], n_patches), image_id)
+
+        def swap(tensor: Tensor, value: int) -> Tensor:
+            return torch.cat((torch.full_like(prefix, value), tensor[:, n_image:]), dim=1)
+
+        out = teacher(
+            input_ids=torch.cat((prefix, ids[:, n_image:]), dim=1),
+            attention_mask=swap(batch["attention_mask"], 1),
+            question_ids=swap(batch["question_ids"], 0),
+            patch_features=batch["patch_features"],
+        )
+        return out.logits[:, :-1][swap(labels, -100)[:, 1:] != -100]
+
+    return teach
+
+
+def save_rounded(model: Any, processor: Any, folder: Path) -> None:
+    """Save in bfloat16: half the bytes; loaded as float32 it gives the same numbers everywhere."""
+    state = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    processor.save_pretrained(folder)
+
+
+class ConversationData(Dataset):
+    """LLaVA's conversation JSON with its images, processed when asked for: the way to train at real size."""
+
+    def __init__(self, preset: dict[str, Any], processor: Any) -> None:
+        self.processor = processor
+        self.style: PromptStyle = STYLES[preset.get("prompt", "vicuna_v1")]
+        self.records: list[Record] = []
+        for options in preset["data"]:
+            part = presets.DataPart(**options)
+            if part.json is None:
+                raise ValueError("conversations and packed tasks cannot be mixed in one preset")
+            self.records += load_conversations(Path(part.json), Path(part.image_folder or "."))
+        if not self.records:
+            raise ValueError("empty data set: the conversation files hold no sample")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Sample:
+        record = self.records[number]
+        encoded = encode(record, self.processor.tokenizer, self.processor.image_text(), self.style)
+        if not record.images:
+            return Sample(encoded)
+        pictures = [load_image(path) for path in record.images]
+        return Sample(encoded, dict(self.processor.image_processor(pictures, return_tensors="pt")))
