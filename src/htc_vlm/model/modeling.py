@@ -400,8 +400,11 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         if not bottleneck or not (has_pixels or compressed is not None):
             if compressed is not None:
                 self._need_bottleneck()
-            given = {name: value for name, value in pixels.items() if value is not None}
-            return super().generate(inputs, *args, **given, **kwargs)
+            if pixels["patch_features"] is not None:  # generate knows pixel_values only, and would drop these silently
+                kwargs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels)}
+            elif has_pixels:
+                kwargs["pixel_values"] = pixels["pixel_values"]
+            return super().generate(inputs, *args, **kwargs)
         if has_pixels and compressed is not None:
             raise ValueError("give pixel_values or compressed=..., not both")
         if kwargs.get("past_key_values") is not None:
