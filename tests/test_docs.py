@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from htc_vlm import cli
+import htc_vlm_cli as cli
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [page for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))) if page.is_file()]

@@ -26,7 +26,6 @@ BANNED = {
     "registry.py": {"torch", "transformers", "diffusers"},
     "ops": {"transformers", "diffusers"},
     "eval/score.py": {"torch", "transformers", "numpy"},
-    "cli/__init__.py": {"torch", "transformers", "diffusers", "numpy", "PIL"},
 }
 
 

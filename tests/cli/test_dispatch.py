@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from htc_vlm import cli
+import htc_vlm_cli as cli
 
 
 def install(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
@@ -23,7 +23,7 @@ def install(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     """Importing both takes seconds; nobody should wait for them to read a help text."""
     code = (
-        "import sys; from htc_vlm.cli import main; assert main(['--help']) == 0\n"
+        "import sys; from htc_vlm_cli import main; assert main(['--help']) == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -33,13 +33,13 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 def test_only_commands_that_exist_are_listed() -> None:
     """A listed command without a file would end in ModuleNotFoundError."""
-    folder = Path(cli.__file__).parent
+    folder = Path(cli.__file__).parent / "htc_vlm" / "cli"
     assert set(cli.available()) == set(cli.COMMANDS) & {path.stem for path in folder.glob("*.py")}
 
 
 def test_every_file_in_the_folder_is_a_listed_command() -> None:
     """A command file that the table does not name could never be called."""
-    folder = Path(cli.__file__).parent
+    folder = Path(cli.__file__).parent / "htc_vlm" / "cli"
     files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     assert files <= set(cli.COMMANDS)
 

@@ -1,0 +1,107 @@
+"""Questions in, answers out: what the evaluation, the command line and the demo share.
+
+Source:  HTC-VLM section 4.2 (text after the bottleneck), asked in the format the model was trained with (its chat template).
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.processing import HtcVlmProcessor
+
+
+class AskLike(Protocol):
+    """A picture and its questions (see htc_vlm.eval.run.Ask)."""
+
+    @property
+    def image_key(self) -> str: ...
+    @property
+    def load_image(self) -> Callable[[], Image.Image]: ...
+    @property
+    def questions(self) -> list[str]: ...
+
+
+class Answerer:
+    """Greedy answers. Pictures are encoded once (compressed where the model can) and shared by their questions."""
+
+    def __init__(self, model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor) -> None:
+        self.model, self.processor = model, processor
+        self._last: tuple[str, Any] | None = None
+
+    def answer(
+        self, image_key: str, load_image: Callable[[], Image.Image], questions: list[str], max_new_tokens: int
+    ) -> list[str]:
+        """One answer per question about one picture; the picture of the last key is kept."""
+        if self._last is None or self._last[0] != image_key:
+            self._last = (image_key, self.encode([load_image()]))
+        return self.ask(self._last[1], [0] * len(questions), questions, max_new_tokens)
+
+    def answer_batch(self, asks: Sequence[AskLike], max_new_tokens: int) -> list[list[str]]:
+        """Several pictures, each with its questions, in one batch."""
+        encoded = self.encode([ask.load_image() for ask in asks])
+        which = [i for i, ask in enumerate(asks) for _ in ask.questions]
+        texts = iter(self.ask(encoded, which, [q for ask in asks for q in ask.questions], max_new_tokens))
+        return [[next(texts) for _ in ask.questions] for ask in asks]
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Image.Image]) -> CompressedImages | Tensor:
+        """Pictures -> their cells; for methods without a bottleneck the vision tower's features (N, P, width)."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        if self.model.model.compressor.n_bottleneck:
+            return self.model.compress(pixel_values=pixels)
+        return self.model.model.vision_features(pixel_values=pixels)
+
+    def prompt(self, question: str, with_image: bool = True) -> str:
+        """The question as the chat template writes it, the image in front."""
+        parts = [{"type": "image"}] if with_image else []
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+    def inputs(self, questions: Sequence[str], is_compressed: bool) -> dict[str, Tensor]:
+        """Left-padded input_ids and attention_mask of questions about one image each."""
+        prompts = [self.prompt(question) for question in questions]
+        if not is_compressed:
+            image = self.processor.image_text()
+            prompts = [prompt.replace(self.processor.image_token, image, 1) for prompt in prompts]
+            out = self.processor.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        else:
+            out = self.processor(text=prompts, return_tensors="pt", padding=True, padding_side="left")
+        return {name: out[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def ask(
+        self, encoded: CompressedImages | Tensor, which: Sequence[int], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """questions[i] about image which[i] of `encoded` -> answers."""
+        ids = self.generate_ids(encoded, which, questions, max_new_tokens)
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def generate_ids(
+        self, encoded: CompressedImages | Tensor, which: Sequence[int], questions: Sequence[str], max_new_tokens: int
+    ) -> Tensor:
+        """(number of questions, up to max_new_tokens) new ids."""
+        is_compressed = isinstance(encoded, CompressedImages)
+        inputs = self.inputs(questions, is_compressed)
+        images: dict[str, Any]
+        if isinstance(encoded, CompressedImages):
+            images = {"compressed": encoded if len(encoded) == 1 else encoded[list(which)]}
+        else:
+            images = {"patch_features": encoded[list(which)]}
+        out = self.model.generate(**inputs, **images, max_new_tokens=max_new_tokens, do_sample=False)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    def unknown_words(self, question: str) -> list[str]:
+        """Words that a word-level tokenizer does not know (always empty for sub-word tokenizers)."""
+        tokenizer = self.processor.tokenizer
+        if tokenizer.unk_token_id is None:
+            return []
+        return [word for word in question.split() if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]

@@ -1,0 +1,85 @@
+"""Load a checkpoint by name or path, with its processor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.processing import HtcVlmProcessor
+
+SHIPPED = Path(__file__).parents[1] / "checkpoints"
+
+
+def shipped() -> list[str]:
+    """Names of the checkpoints inside the package."""
+    return sorted(path.name for path in SHIPPED.iterdir() if (path / "config.json").is_file()) if SHIPPED.is_dir() else []
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    compressor: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str = "auto",
+    **kwargs: Any,
+) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+    """`load("tiny")`, or the folder of any LLaVA or HTC-VLM checkpoint -> (model in eval mode, processor).
+
+    compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
+    lower bound). kwargs go to from_pretrained. FileNotFoundError, or ValueError where weights and settings do not fit.
+    """
+    folder = find(name_or_path)
+    if compressor is not None:
+        from htc_vlm.model.convert import with_compressor
+
+        model, processor = with_compressor(folder, compressor, dtype=dtype)
+        return model.eval(), processor
+    model, info = HtcVlmForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`")
+    return model.eval(), load_processor(folder, model.config)
+
+
+def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:
+    """The processor beside a checkpoint; counts are those of the model, whatever processor was saved there."""
+    saved = HtcVlmProcessor.from_pretrained(folder)
+    return HtcVlmProcessor.for_config(
+        config,
+        saved.image_processor,
+        saved.tokenizer,
+        chat_template=saved.chat_template,
+        image_token=saved.image_token,
+        num_additional_image_tokens=saved.num_additional_image_tokens,
+    )
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path:
+    """A folder as it is, or a shipped checkpoint by name. FileNotFoundError lists what there is."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if str(name_or_path) in shipped():
+        return SHIPPED / str(name_or_path)
+    raise FileNotFoundError(
+        f"{name_or_path}: no such folder, and no shipped checkpoint of that name; shipped: {', '.join(shipped()) or 'none'}"
+    )
+
+
+def uncompressed_twin(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
+    """The same weights (shared, not copied) without compression: what the images would cost without it."""
+    options = {**model.config.to_dict(), "compressor": {"name": "none"}}
+    config = HtcVlmConfig.from_dict(options)
+    config.text_config._attn_implementation = model.config.text_config._attn_implementation
+    with torch.device("meta"):
+        twin = HtcVlmForConditionalGeneration(config)
+    twin.model.vision_tower = model.model.vision_tower
+    twin.model.multi_modal_projector = model.model.multi_modal_projector
+    twin.model.language_model = model.model.language_model
+    twin.lm_head = model.lm_head
+    twin.generation_config = model.generation_config
+    return twin.eval()

@@ -1,0 +1,126 @@
+"""`htc-vlm COMMAND ...`: finds the command's file in htc_vlm/cli, runs it, and turns a refusal into one line.
+
+Source:  ours.
+Differs: nothing known.
+
+A command is `cli/NAME.py` with `run(argv: list[str]) -> int`. Nothing is imported before the command is known, so
+`htc-vlm --help` answers at once, without torch (which is why this file stands outside the package: importing `htc_vlm`
+registers the model with transformers). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "ask": "ask questions about pictures, each squeezed into one cached token",
+    "compress": "compress pictures into a file that questions can be asked of later",
+    "data": "build or verify a data set, offline",
+    "train": "train a stage of a preset; start again to resume",
+    "eval": "answer a task's questions and write a result file",
+    "table": "rebuild the tables from the result files",
+    "convert": "turn LLaVA and MGVQ checkpoints into an HTC-VLM checkpoint",
+    "probe": "read what the bottleneck token has kept",
+    "heatmap": "draw what the bottleneck token looked at",
+    "cost": "count tokens, FLOPs and bytes of a method",
+}
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def available() -> dict[str, str]:
+    """Name -> summary of the commands whose file exists, in the order of COMMANDS."""
+    folder = Path(__file__).parent / "htc_vlm" / "cli"
+    return {name: summary for name, summary in COMMANDS.items() if (folder / f"{name}.py").is_file()}
+
+
+def usage(commands: dict[str, str]) -> str:
+    """What `htc-vlm --help` prints.
+
+    >>> print(usage({"ask": "ask a question", "data": "build a data set"}))
+    usage: htc-vlm COMMAND [ARGUMENTS]
+    <BLANKLINE>
+      ask       ask a question
+      data      build a data set
+    <BLANKLINE>
+    htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version.
+    """
+    rows = "\n".join(f"  {name:<9} {summary}" for name, summary in commands.items())
+    return (
+        f"usage: htc-vlm COMMAND [ARGUMENTS]\n\n{rows}\n\n"
+        "htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version."
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The message of a refusal on one line; the operating system's errors as "path: what is wrong".
+
+    >>> one_line(FileNotFoundError(2, "No such file or directory", "cat.png"))
+    'cat.png: No such file or directory'
+    >>> one_line(ValueError("n_keep is 0;\\n  give at least 1"))
+    'n_keep is 0; give at least 1'
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def unknown(name: str, commands: dict[str, str]) -> str:
+    """The message for a command that does not exist.
+
+    >>> unknown("akk", {"ask": "", "data": ""})
+    "htc-vlm: no command 'akk'; did you mean 'ask'? Commands: ask, data"
+    """
+    near = difflib.get_close_matches(name, commands, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"htc-vlm: no command {name!r};{hint} Commands: {', '.join(commands)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 2 refused, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = available()
+    if not arguments:
+        print(usage(commands), file=sys.stderr)
+        return EXIT_REFUSED
+    name, *rest = arguments
+    if name in ("-h", "--help", "help"):
+        print(usage(commands))
+        return 0
+    if name == "--version":
+        print(f"htc-vlm {importlib.metadata.version('htc-vlm')}")
+        return 0
+    if name not in commands:
+        print(unknown(name, commands), file=sys.stderr)
+        return EXIT_REFUSED
+    return run_command(name, rest)
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Import `cli/NAME.py` and run it; a refusal becomes one line on stderr and exit code 2.
+
+    Refusals are ValueError, OSError, and an ImportError raised by hand to say what to install. One of Python's own has
+    a `name`, and is a bug.
+    """
+    debug = os.environ.get("HTC_VLM_DEBUG", "") not in ("", "0")
+    try:
+        return int(importlib.import_module(f"htc_vlm.cli.{name}").run(argv))
+    except BrokenPipeError:
+        # `htc-vlm ... | head`: the reader has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        if debug or (isinstance(error, ImportError) and error.name is not None):
+            raise
+        print(f"htc-vlm {name}: {one_line(error)}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print(f"htc-vlm {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
