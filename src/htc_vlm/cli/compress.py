@@ -1,0 +1,54 @@
+"""htc-vlm compress: turn pictures into a file of compressed images that questions can be asked of later."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="htc-vlm compress", description=__doc__)
+    arguments.add_argument("pictures", nargs="+", type=Path, help="picture files; a folder stands for the files in it")
+    arguments.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the compressed pictures go")
+    arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
+    arguments.add_argument("--batch-size", type=int, default=16)
+    return arguments
+
+
+def files_of(paths: list[Path]) -> list[Path]:
+    """Folders replaced by the files in them, sorted."""
+    return [file for path in paths for file in (sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path])]
+
+
+def run(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    from htc_vlm import CompressedImages, load
+    from htc_vlm.data.images import ImageError, load_image
+    from htc_vlm.model.answering import Answerer
+
+    model, processor = load(options.model)
+    answerer = Answerer(model, processor)
+    names, parts, batch, n_refused = [], [], [], 0
+    for file in files_of(options.pictures):
+        try:
+            batch.append(load_image(file))
+            names.append(str(file))
+        except (ImageError, OSError) as error:
+            n_refused += 1
+            print(f"htc-vlm compress: left out: {' '.join(str(error).split())}", file=sys.stderr)
+        if len(batch) == options.batch_size:
+            parts.append(answerer.encode(batch))
+            batch = []
+    if batch:
+        parts.append(answerer.encode(batch))
+    if not parts:
+        raise ValueError("no picture could be read, so there is nothing to write")
+    if not isinstance(parts[0], CompressedImages):
+        raise ValueError(f"model {options.model!r} has no bottleneck, so it keeps no compressed pictures")
+    images = CompressedImages.concat(parts)
+    images.save(options.output)
+    report = {"output": str(options.output), "pictures": names, "refused": n_refused, "bytes_per_picture": images[0].nbytes}
+    print(json.dumps(report, indent=1))
+    return 2 if n_refused else 0
