@@ -279,6 +279,15 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert MGVQ.load(tmp_path).settings.groups == 2
 
 
+def test_a_run_that_starts_from_an_earlier_tokenizer_begins_with_its_weights(tmp_path: Path) -> None:
+    """Prevents `start_from` from being accepted and ignored. A learning rate of 0 keeps the loaded weights."""
+    train_tokenizer(_pictures(), SHORT, tmp_path / "first")
+    still = replace(SHORT, start_from=str(tmp_path / "first"), learning_rate=0.0, weight_decay=0.0, steps=1)
+    train_tokenizer(_pictures(), still, tmp_path / "second")
+    first, second = MGVQ.load(tmp_path / "first"), MGVQ.load(tmp_path / "second")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """Prevents a resume that repeats or skips a batch, or loses optimizer state or the dead-code randomness."""
     train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "whole")

@@ -44,6 +44,7 @@ class TokenizerTraining:
 
     preset: str = "tiny"
     changes: Mapping[str, Any] = field(default_factory=dict)  # arguments of MGVQ that differ from the preset
+    start_from: str = ""  # folder of an earlier tokenizer of the same sizes; empty starts from random weights
     steps: int = 2000
     batch_size: int = 32
     crop: int = 96
@@ -92,6 +93,8 @@ def train_tokenizer(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = MGVQ.preset(settings.preset, **settings.changes).train()
+        if settings.start_from:
+            model.load_state_dict(MGVQ.load(settings.start_from).state_dict())
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
