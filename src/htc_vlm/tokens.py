@@ -6,7 +6,8 @@ Shape letters, used in every docstring of this library:
     K  bottleneck tokens     T  text tokens                L  whole sequence
     D  width of the LLM      H  heads                      N  any run of tokens
 
-Source:  HTC-VLM section 4.2, X = [V_hy; voco; W]. What the paper calls `<voco>`, z or "compressed token" is the *bottleneck* here.
+Source:  HTC-VLM section 4.2, X = [V_hy; voco; W]. What the paper calls `<voco>`, z or "compressed token" is the
+         *bottleneck* here.
 Differs: a sequence may hold any number of images at any place, and many packed questions about them.
 """
 

@@ -2,9 +2,10 @@
 
 Source:  HTC-VLM sections 4.1 and 4.2, Eq. 3 to 6, Algorithm 1 lines 1 to 7; Table 4 for the ablated settings.
 Differs: Eq. 6 is read as a boolean mask (ops/masks.py). Eq. 4's GELU on the anchors' output is kept as printed.
-         q is flattened in raster order, channels last (the paper does not say). "Mean" fusion is not defined there: ours
-         averages the mean anchor into every patch. Discrete-only follows Table 4: one token per grid cell of the code
-         (441 at 7B), through one shared two-layer GELU MLP, instead of anchors. `anchor_source` is ours, for ablations.
+         q is flattened in raster order, channels last (the paper does not say). "Mean" fusion is not defined there:
+         ours averages the mean anchor into every patch. Discrete-only follows Table 4: one token per grid cell of the
+         code (441 at 7B), through one shared two-layer GELU MLP, instead of anchors. `anchor_source` is ours, for
+         ablations.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Htc(Bottleneck):
     name = "htc"
     Settings = HtcSettings
     _TINY: ClassVar[dict[str, Any]] = {
-        "image_size": 32, "widths": [8, 8, 8], "depths": [1, 1, 1], "latent_channels": 8, "codebook_size": 16, "groups": 2,
+        "image_size": 32, "widths": [8, 8, 8], "depths": [1, 1, 1],
+        "latent_channels": 8, "codebook_size": 16, "groups": 2,
     }  # fmt: skip
     EXAMPLES = (
         {"n_bottleneck": 3, "quantizer": _TINY},

@@ -1,6 +1,7 @@
 """Q-Former: n learned queries cross-attend to the vision tower's features.
 
-Source:  BLIP-2 (Li et al. 2023, arXiv:2301.12597), as the baseline of VoCo-LLaMA section 3.5 ("number of queries set to 1").
+Source:  BLIP-2 (Li et al. 2023, arXiv:2301.12597), as the baseline of VoCo-LLaMA section 3.5 ("number of queries set
+         to 1").
 Differs: Hugging Face's Blip2QFormerModel; no text enters it; initialised at random (neither paper says otherwise);
          the queries' own projection replaces LLaVA's projector, as in BLIP-2.
 """
@@ -56,18 +57,18 @@ class QFormer(Compressor):
         )
         self.norm = nn.LayerNorm(sizes.vision_width)
         self.qformer = Blip2QFormerModel(config)
-        self.queries = nn.Parameter(torch.empty(1, self.settings.n_queries, self.settings.width))
+        self.query_tokens = nn.Parameter(torch.empty(1, self.settings.n_queries, self.settings.width))
         self.to_llm = nn.Linear(self.settings.width, sizes.llm_width)
         self._init_std = sizes.initializer_range
 
     def init_own_weights(self) -> None:
-        nn.init.normal_(self.queries, std=self._init_std)
+        nn.init.normal_(self.query_tokens, std=self._init_std)
 
     def n_visual(self, n_patches: int) -> int:
         return int(self.settings.n_queries)
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
         features = self.norm(images.features)
-        queries = self.queries.expand(features.shape[0], -1, -1)
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)
         out = self.qformer(query_embeds=queries, encoder_hidden_states=features)
         return self.to_llm(out.last_hidden_state)

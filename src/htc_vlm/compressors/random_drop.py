@@ -4,8 +4,8 @@ Source:  the random-pruning control of the token-reduction literature (e.g. DivP
 Differs: the subset depends on the seed only, so a picture always keeps the same places; the global random state is
          left alone.
 
-This file is the template for a new method: copy it, change the settings and `before_llm`, and the registry, the contract
-tests and the README's table of methods find it.
+This file is the template for a new method: copy it, change the settings and `before_llm`, and the registry, the
+contract tests and the README's table of methods find it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Questions in, answers out: what the evaluation, the command line and the demo share.
 
-Source:  HTC-VLM section 4.2 (text after the bottleneck), asked in the format the model was trained with (its chat template).
+Source:  HTC-VLM section 4.2 (text after the bottleneck), asked in the format the model was trained with (its chat
+         template).
 Differs: nothing known.
 """
 
@@ -96,7 +97,8 @@ class Answerer:
             images = {"compressed": encoded if len(encoded) == 1 else encoded[list(which)]}
         else:
             images = {"patch_features": encoded[list(which)]}
-        out = self.model.generate(**inputs, **images, max_new_tokens=max_new_tokens, do_sample=False)
+        options: dict[str, Any] = {**inputs, **images}
+        out = self.model.generate(**options, max_new_tokens=max_new_tokens, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :]
 
     def unknown_words(self, question: str) -> list[str]:
@@ -104,4 +106,5 @@ class Answerer:
         tokenizer = self.processor.tokenizer
         if tokenizer.unk_token_id is None:
             return []
-        return [word for word in question.split() if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
+        unknown = tokenizer.unk_token_id
+        return [word for word in question.split() if unknown in tokenizer.encode(word, add_special_tokens=False)]

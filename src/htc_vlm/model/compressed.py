@@ -1,4 +1,4 @@
-"""Compressed images: the keys and values of their bottleneck tokens, ready to be asked about at any place of any prompt.
+"""Compressed images: the keys and values of their bottleneck tokens, ready to be asked about anywhere in any prompt.
 
 Source:  VoCo-LLaMA section 3.4 (re-use of the cached token), HTC-VLM section 4.2.
 Differs: keys are stored rotated to position 0, so that placing an image is one rotation; a fingerprint of weights and
@@ -103,8 +103,8 @@ class CompressedImages:
                 meta = file.metadata() or {}
                 if meta.get("format") != FORMAT:
                     raise ValueError(
-                        f"{path}: not a file of compressed images (format {meta.get('format')!r}, expected {FORMAT!r}); "
-                        "make one with `htc-vlm compress` or CompressedImages.save"
+                        f"{path}: not a file of compressed images (format {meta.get('format')!r}, "
+                        f"expected {FORMAT!r}); make one with `htc-vlm compress` or CompressedImages.save"
                     )
                 about = json.loads(meta["about"])
                 cells = file.get_tensor("cells")

@@ -6,6 +6,7 @@ Differs: nothing of LLaVA's is renamed, so any LLaVA configuration is one of our
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -20,22 +21,24 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 @strict
 class HtcVlmConfig(LlavaConfig):
     r"""
-    compressor (`dict`): `name` and settings of the method, see `htc_vlm.compressors.build`; default `{"name": "none"}`.
-    bottleneck_token_id (`int`): id of the learned bottleneck token (`<voco>` in the paper); needed by bottleneck methods.
+    compressor (`dict`): `name` and settings of the method, see `htc_vlm.compressors.build`; default
+        `{"name": "none"}`.
+    bottleneck_token_id (`int`): id of the learned bottleneck token (`<voco>` in the paper); needed by bottleneck
+        methods.
     image_mean, image_std (`list[float]`): how pixel_values were normalised (per channel, of values in [0, 1]): the
         anchors read the same pixels as the vision tower, de-normalised.
     """
 
     model_type = "htc_vlm"
 
-    compressor: dict | None = None
+    compressor: dict = field(default_factory=lambda: {"name": "none"})
     bottleneck_token_id: int | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        options = dict(self.compressor or {"name": "none"})
+        options = dict(self.compressor or {})  # None is refused below
         if "name" not in options:
             raise ValueError(f"compressor needs a 'name', got {options}; known: {', '.join(compressors.names())}")
         method = compressors.build(**options)
@@ -45,8 +48,8 @@ class HtcVlmConfig(LlavaConfig):
                 raise ValueError(f"bottleneck_token_id and image_token_index are both {self.image_token_index}")
             if not 0 <= self.bottleneck_token_id < self.text_config.vocab_size:
                 raise ValueError(
-                    f"bottleneck_token_id is {self.bottleneck_token_id}, the vocabulary has {self.text_config.vocab_size} "
-                    "entries; use an id that is free in it (htc_vlm.model.convert adds one)"
+                    f"bottleneck_token_id is {self.bottleneck_token_id}, the vocabulary has "
+                    f"{self.text_config.vocab_size} entries; use a free one (htc_vlm.model.convert adds it)"
                 )
         self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
         self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std

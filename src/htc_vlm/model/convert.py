@@ -1,7 +1,7 @@
-"""Checkpoints in, HTC-VLM checkpoints out: add a compressor to a LLaVA, read the original LLaVA-1.5 layout, read MGVQ files.
+"""Checkpoints in, HTC-VLM checkpoints out: a compressor added to a LLaVA, the original LLaVA-1.5 layout, MGVQ files.
 
-Source:  llava-hf checkpoints (transformers' LlavaForConditionalGeneration); liuhaotian/llava-v1.5 (LLaVA commit c121f04);
-         the official MGVQ files.
+Source:  llava-hf checkpoints (transformers' LlavaForConditionalGeneration); liuhaotian/llava-v1.5 (LLaVA commit
+         c121f04); the official MGVQ files.
 Differs: nothing is loaded half: a missing or unexpected weight is an error that names it.
 """
 
@@ -37,8 +37,8 @@ def with_compressor(
 ) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
     """A LLaVA checkpoint (ours or Hugging Face's) with another compressor: the start of the compress stage.
 
-    mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless the
-    checkpoint already holds one of the same shape. Raises ValueError for weights that do not fit.
+    mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless
+    the checkpoint already holds one of the same shape. Raises ValueError for weights that do not fit.
     """
     config = HtcVlmConfig.from_pretrained(path)
     config.compressor = dict(compressor)
@@ -68,7 +68,7 @@ def with_compressor(
 
 
 def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) -> int:
-    """Give the bottleneck token an id: the tokenizer's own if it has it, else a new one. The model's embedding grows if it
+    """Give the bottleneck token an id: the tokenizer's own if it has it, else a new one. The embedding grows if it
     must; the new row starts as the mean embedding. generate is told never to write placeholders."""
     unknown = tokenizer.convert_tokens_to_ids(BOTTLENECK_TOKEN) in (None, tokenizer.unk_token_id)
     if unknown:
@@ -89,7 +89,7 @@ def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) 
 def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
     """Load a quantizer's encoder and codebooks (an MGVQ.save folder, or an official .pt/.safetensors file); strict."""
     state = read_mgvq(path)
-    quantizer = model.model.compressor.quantizer
+    quantizer: Any = model.model.compressor.quantizer
     wanted = quantizer.state_dict()
     kept = {name: value for name, value in state.items() if not name.startswith(("decoder.", "post_quant_conv."))}
     wrong = sorted(set(wanted) ^ set(kept)) + [n for n in wanted if n in kept and wanted[n].shape != kept[n].shape]
@@ -144,8 +144,8 @@ def llava_state_dict(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_original(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All weight files (.safetensors or .bin) of an original LLaVA-1.5 folder, renamed. The vision tower may be absent:
-    there it is a CLIP folder of its own."""
+    """All weight files (.safetensors or .bin) of an original LLaVA-1.5 folder, renamed. The vision tower may be
+    absent: there it is a CLIP folder of its own."""
     folder = Path(path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:

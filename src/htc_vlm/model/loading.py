@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).parents[1] / "checkpoints"
 
 def shipped() -> list[str]:
     """Names of the checkpoints inside the package."""
-    return sorted(path.name for path in SHIPPED.iterdir() if (path / "config.json").is_file()) if SHIPPED.is_dir() else []
+    return sorted(config.parent.name for config in SHIPPED.glob("*/config.json"))
 
 
 def load(
@@ -38,10 +38,14 @@ def load(
 
         model, processor = with_compressor(folder, compressor, dtype=dtype)
         return model.eval(), processor
-    model, info = HtcVlmForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    model, info = HtcVlmForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, **kwargs
+    )
     wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
     if wrong:
-        raise ValueError(f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`")
+        raise ValueError(
+            f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`"
+        )
     return model.eval(), load_processor(folder, model.config)
 
 
@@ -66,7 +70,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     if str(name_or_path) in shipped():
         return SHIPPED / str(name_or_path)
     raise FileNotFoundError(
-        f"{name_or_path}: no such folder, and no shipped checkpoint of that name; shipped: {', '.join(shipped()) or 'none'}"
+        f"{name_or_path}: no such folder, and no shipped checkpoint of that name; "
+        f"shipped: {', '.join(shipped()) or 'none'}"
     )
 
 

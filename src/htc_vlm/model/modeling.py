@@ -1,8 +1,8 @@
 """HTC-VLM as a Hugging Face model: LLaVA plus a compressor.
 
 Source:  transformers' LlavaForConditionalGeneration; HTC-VLM Algorithm 1; VoCo-LLaMA section 3.
-Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the cells), which a contract
-         test proves equal. With `compressor: none` nothing differs from LLaVA.
+Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the cells), which a
+         contract test proves equal. With `compressor: none` nothing differs from LLaVA.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         pixel_values (B, 3, height, width); or patch_features (B, P, vision width), and for htc image_codes
         (B, h, w, channels), computed before (frozen towers need not be run again at each step).
         """
-        if self.config.compressor["name"] == "none" and patch_features is None:
+        if self.compressor.name == "none" and patch_features is None:
             return super().get_image_features(
                 pixel_values=pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -96,8 +96,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 raise ValueError("no image: give pixel_values or patch_features")
             if kwargs.get("image_sizes") is not None:
                 raise ValueError(
-                    f"images of different sizes (image_sizes) are not supported with compressor {self.compressor.name!r}; "
-                    "resize them to one size"
+                    "images of different sizes (image_sizes) are not supported with compressor "
+                    f"{self.compressor.name!r}; resize them to one size"
                 )
             patch_features = self.vision_features(
                 pixel_values=pixel_values,
@@ -147,9 +147,10 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
             mm_encoder_outputs = {"image": images}
         n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        n_new = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        if n_past and cell_positions is not None and n_new > 1:
+        if n_past and cell_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            if position_ids is None:
+                raise ValueError("images amid the text need position_ids beside cell_positions; use compressed=...")
             attention_mask = sockets.mask_over_cells(
                 self.language_model.config, like, attention_mask, past_key_values, position_ids, cell_positions
             )
@@ -178,7 +179,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask and positions of the paper's single pass. Changes `kwargs` so that no cache is kept of hidden tokens."""
+        """The mask and positions of the paper's single pass. Changes `kwargs`: no cache is kept of hidden tokens."""
         if input_ids is None:
             raise ValueError(
                 f"compressor {self.compressor.name!r} reads the layout from input_ids; give them, not embeddings"
@@ -217,13 +218,14 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         n_bottleneck = int(layout.is_bottleneck.sum())
         if n_bottleneck != n_images * self.compressor.n_bottleneck:
             raise ValueError(
-                f"{n_images} images need {self.compressor.n_bottleneck} bottleneck tokens each after their placeholders, "
-                f"the prompts have {n_bottleneck}: text would not see the image. Use HtcVlmProcessor with this model's settings"
+                f"{n_images} images need {self.compressor.n_bottleneck} bottleneck tokens each after their "
+                f"placeholders, the prompts have {n_bottleneck}: text would not see the image. Use HtcVlmProcessor "
+                "with this model's settings"
             )
 
     # ---------------------------------------------------------------- compress
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
-        """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck], with its cache, and the position ids."""
+        """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
         n_images, n_visual, _ = visual.shape
         n_bottleneck = self.compressor.n_bottleneck
         ids = torch.full((n_images, n_bottleneck), self._bottleneck_id(), device=visual.device)
@@ -231,7 +233,10 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
         layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
         position_ids = torch.arange(-n_visual, n_bottleneck, device=visual.device).expand(n_images, -1)
-        mask = sockets.ready_mask(self.language_model.config, embeds, None, self.compressor.visible(layout))
+        visible = self.compressor.visible(layout)
+        if visible is None:
+            raise ValueError(f"compressor {self.compressor.name!r} has bottleneck tokens but no mask around them")
+        mask = sockets.ready_mask(self.language_model.config, embeds, None, visible)
         out = self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -244,7 +249,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     def _bottleneck_id(self) -> int:
         if self.config.bottleneck_token_id is None:
             raise ValueError(
-                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.convert adds the token"
+                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.convert adds it"
             )
         return int(self.config.bottleneck_token_id)
 
@@ -279,8 +284,8 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         cell_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | LlavaCausalLMOutputWithPast:
-        """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded, as
-        `placing.place` orders them. For the other additions see HtcVlmModel.forward."""
+        """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded,
+        as `placing.place` orders them. For the other additions see HtcVlmModel.forward."""
         if compressed is not None:
             if (
                 pixel_values is not None
@@ -291,6 +296,8 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
                 raise ValueError(
                     "with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)"
                 )
+            if input_ids is None:
+                raise ValueError("compressed=... needs input_ids (the question); got images only")
             inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)
             n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
             inputs["input_ids"] = inputs["input_ids"][:, n_cells:]
@@ -335,7 +342,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
 
     @torch.no_grad()
     def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
-        """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from the pass `compress` runs."""
+        """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from `compress`'s pass."""
         self._need_bottleneck()
         visual = self.visual_tokens(pixel_values, **features)
         out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
@@ -367,7 +374,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             )
 
     def fingerprint(self) -> str:
-        """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and of the compressor's settings.
+        """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and the compressor's settings.
 
         Independent of device and of the dtype the weights were loaded in.
         """
@@ -389,9 +396,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
     def generate(
         self, inputs: Tensor | None = None, *args: Any, compressed: CompressedImages | None = None, **kwargs: Any
     ) -> Any:
-        """As transformers' generate. With a bottleneck method images are compressed first and answered from their cells.
+        """As transformers' generate. With a bottleneck method images are compressed first, then answered from cells.
 
-        compressed: images compressed before, instead of pixel_values; see `placing.place` for how prompts refer to them.
+        compressed: images compressed before, instead of pixel_values; `placing.place` says how prompts refer to them.
         Returned sequences start with the prompt as it was given.
         """
         bottleneck = self.model.compressor.n_bottleneck
@@ -471,6 +478,14 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             0, placed.image.shape
         )  # (B, slots, layers, 2, kv, K, hd)
         return cells.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+
+
+def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Tokens of this forward pass."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("give input_ids or inputs_embeds")
+    return given.shape[1]
 
 
 def _with_prompt(out: Any, prompt: Tensor, n_placed: int) -> Any:

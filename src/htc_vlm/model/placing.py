@@ -43,10 +43,10 @@ def place(
 ) -> Placed:
     """(B, L) prompts -> where each image and each token goes.
 
-    Placeholders: K bottleneck tokens per image, preceded or not by its visual placeholders (which are dropped: the cache
-    stands for them). Images are taken in order of appearance. A batch without any placeholder gets one image per prompt,
-    put first; a single image is shared by all prompts. `image_cost` is the number of positions before an image's first
-    bottleneck token (C for sequential numbering, 0 for compact).
+    Placeholders: K bottleneck tokens per image, preceded or not by its visual placeholders (which are dropped: the
+    cache stands for them). Images are taken in order of appearance. A batch without any placeholder gets one image per
+    prompt, put first; a single image is shared by all prompts. `image_cost` is the number of positions before an
+    image's first bottleneck token (C for sequential numbering, 0 for compact).
 
     >>> placed = place(torch.tensor([[7, 9, 5, 6]]), None, 1, 1, 4, image_token_id=8, bottleneck_token_id=9)
     >>> placed.text_ids.tolist(), placed.text_position.tolist(), placed.slot_position.tolist(), placed.interleaved
@@ -61,8 +61,8 @@ def place(
     if not any(n_wanted):
         if n_images not in (1, len(rows)):
             raise ValueError(
-                f"{len(rows)} prompts without image placeholders and {n_images} images: give one image per prompt, one "
-                "image for all, or mark the places with <image>"
+                f"{len(rows)} prompts without image placeholders and {n_images} images: give one image per prompt, "
+                "one image for all, or mark the places with <image>"
             )
         rows = [[bottleneck_token_id] * n_bottleneck + row for row in rows]
         n_wanted = [1] * len(rows)
@@ -83,15 +83,24 @@ def place(
         raise ValueError(f"prompt {[bool(text) for text in texts].index(False)} has no text; ask something")
     image, slot_position, is_slot = _left_padded(slots)
     text_ids, text_position, text_mask = _left_padded(texts)
-    moved = [x.to(input_ids.device) for x in (image, is_slot, slot_position, text_ids, text_mask, text_position)]
-    return Placed(*moved, interleaved=interleaved)
+    device = input_ids.device
+    return Placed(
+        image=image.to(device),
+        is_slot=is_slot.to(device),
+        slot_position=slot_position.to(device),
+        text_ids=text_ids.to(device),
+        text_mask=text_mask.to(device),
+        text_position=text_position.to(device),
+        interleaved=interleaved,
+    )
 
 
 def _count_images(row: list[int], bottleneck_token_id: int, n_bottleneck: int) -> int:
     n_tokens = row.count(bottleneck_token_id)
     if n_tokens % n_bottleneck:
         raise ValueError(
-            f"a prompt has {n_tokens} bottleneck tokens, each image has {n_bottleneck}; let the processor expand <image>"
+            f"a prompt has {n_tokens} bottleneck tokens, each image has {n_bottleneck}; "
+            "let the processor expand <image>"
         )
     return n_tokens // n_bottleneck
 

@@ -17,7 +17,7 @@ from htc_vlm.model.modeling import sizes_of
 
 
 class HtcVlmProcessor(LlavaProcessor):
-    """n_visual (C): visual tokens per image, None = as many as patches; n_bottleneck (K); bottleneck_token: its string."""
+    """n_visual (C): visual tokens per image, None: as many as patches; n_bottleneck (K); bottleneck_token: a word."""
 
     def __init__(
         self,
@@ -67,7 +67,8 @@ class HtcVlmProcessor(LlavaProcessor):
             if any(self.image_token in one for one in texts):
                 if not self.n_bottleneck:
                     raise ValueError(
-                        f"the text has {self.image_token} but no images were given, and this model keeps no compressed images"
+                        f"the text has {self.image_token} but no images were given, "
+                        "and this model keeps no compressed images"
                     )
                 text = [one.replace(self.image_token, self.bottleneck_token * self.n_bottleneck) for one in texts]
         return super().__call__(images=images, text=text, **kwargs)

@@ -1,13 +1,15 @@
 """Where our masks and caches meet transformers' internals; the only file that touches them.
 
-Source:  transformers 5.23: masking_utils.create_causal_mask, LlamaModel, DynamicCache (read and tested; see docs/design.md).
+Source:  transformers 5.23: masking_utils.create_causal_mask, LlamaModel, DynamicCache (read and tested).
 Differs: nothing is patched: masks go in ready-made, caches are built from tensors.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
@@ -62,8 +64,8 @@ def mask_over_cells(
     seen = places[:, None, :] < position_ids[:, :, None]  # (B, new tokens, columns)
     if config._attn_implementation not in HONOURS_MASKS:
         raise ValueError(
-            f"images amid the text need an attention mask, which {config._attn_implementation!r} ignores; put the images "
-            f"first or load with attn_implementation={' or '.join(map(repr, HONOURS_MASKS))}"
+            f"images amid the text need an attention mask, which {config._attn_implementation!r} ignores; put the "
+            f"images first or load with attn_implementation={' or '.join(map(repr, HONOURS_MASKS))}"
         )
     return create_causal_mask(
         config=config,
@@ -87,17 +89,17 @@ def cells_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
 
 
 def attention_of_last_rows(
-    language_model: nn.Module,
+    language_model: Any,
     hidden_states: tuple[Tensor, ...],
     cache: DynamicCache,
     position_ids: Tensor,
     n_last: int,
 ) -> Tensor:
-    """What the last n_last tokens looked at, recomputed from a finished pass -> (B, layers, H, n_last, L), rows sum to 1.
+    """What the last n_last tokens looked at, recomputed from a finished pass -> (B, layers, H, n_last, L).
 
-    hidden_states: the inputs of the layers (output_hidden_states=True); `cache` holds that pass's rotated keys. The last
-    rows must see all L tokens but the later ones among themselves, as bottleneck tokens in a compress pass do. The pass
-    itself is not changed by asking.
+    Rows sum to 1. hidden_states: the inputs of the layers (output_hidden_states=True); `cache` holds that pass's
+    rotated keys. The last rows must see all L tokens but the later ones among themselves, as bottleneck tokens in a
+    compress pass do. The pass itself is not changed by asking.
     """
     cos, sin = language_model.rotary_emb(hidden_states[0], position_ids=position_ids)
     cos, sin = cos[:, -n_last:], sin[:, -n_last:]

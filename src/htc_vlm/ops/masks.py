@@ -90,6 +90,6 @@ def packed_causal(layout: TokenLayout) -> Tensor:
 
 
 def draw(mask: Tensor, letters: str) -> str:
-    """(L, L) bool -> a picture: each row is a token and shows whom it looks at; `letters` as in TokenLayout.from_string."""
+    """(L, L) bool -> a picture: each row is a token and shows whom it looks at; `letters` as for TokenLayout."""
     rows = ["".join(" ■" if seen else " ·" for seen in row) for row in mask.tolist()]
     return "\n".join(letter + row for letter, row in zip(letters, rows, strict=True))

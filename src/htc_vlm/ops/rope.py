@@ -18,7 +18,7 @@ def rotate_keys(keys: Tensor, inv_freq: Tensor, shift: Tensor) -> Tensor:
     """Turn keys that were rotated for position p into keys for position p + shift, exactly.
 
     keys (B, ..., head_dim), already rotated; inv_freq (head_dim / 2,); shift (B,) integers -> same shape as keys.
-    Computed in float32 and returned in the dtype of `keys`. Llama's half-split layout: pairs are (i, i + head_dim / 2).
+    Computed in float32, returned in the dtype of `keys`. Llama's half-split layout: pairs are (i, i + head_dim / 2).
 
     >>> keys = torch.tensor([[1.0, 0.0]])
     >>> rotate_keys(keys, torch.tensor([1.0]), torch.tensor([0])).tolist()
@@ -41,8 +41,8 @@ def rotate_keys(keys: Tensor, inv_freq: Tensor, shift: Tensor) -> Tensor:
 def position_ids(layout: TokenLayout, positions: str = "sequential") -> Tensor:
     """(B, L) rotary position of each token. Padding gets 0 and does not count.
 
-    `sequential` counts every token. `compact` lets an image cost only its bottleneck tokens: its visual tokens take the
-    positions just before the bottleneck (below zero where needed; only differences matter to RoPE).
+    `sequential` counts every token. `compact` lets an image cost only its bottleneck tokens: its visual tokens take
+    the positions just before the bottleneck (below zero where needed; only differences matter to RoPE).
     Each packed question starts at the position after the shared part.
 
     >>> layout = TokenLayout.from_string("ptvvbt")

