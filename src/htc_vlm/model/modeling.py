@@ -29,6 +29,14 @@ from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
 
 N_SAMPLED = 1024  # values of each weight that enter the fingerprint
+# How LLaVA checkpoints on the hub name their weights -> the names in memory (and in files that we write).
+# transformers does the same renaming, but only for its own classes.
+HUB_NAMES = {
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^vision_tower\.": "model.vision_tower.",
+    r"^multi_modal_projector\.": "model.multi_modal_projector.",
+}
 
 
 class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -41,6 +49,16 @@ class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
             module.init_own_weights()
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; checkpoints named as LLaVA's on the hub are understood too."""
+        kwargs.setdefault("key_mapping", HUB_NAMES)
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
