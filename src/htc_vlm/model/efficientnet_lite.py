@@ -44,6 +44,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     patch_size: int = 32
     num_channels: int = 3
     position_dim: int = 64
+    position_scale: float = 1.0  # of the sin/cos channels: how loudly a patch says where it is
     hidden_size: int | None = None
     stem_width: int = 32
     stage_widths: list[int] | tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
@@ -211,14 +212,15 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
                 f"(B, {self.config.num_channels}, {size}, {size}): resize them, or load a tower of another image_size"
             )
         coarse, fine = self.maps(pixel_values.to(self.stem.weight.dtype))
-        joined = torch.cat([coarse, F.pixel_unshuffle(fine, FOLD)], dim=1)  # (B, feature_dim, S/32, S/32)
-        patches = joined.flatten(2).transpose(1, 2).float()  # (B, P, feature_dim)
-        return F.layer_norm(patches, patches.shape[-1:], eps=self.config.layer_norm_eps)
+        maps = [coarse, F.pixel_unshuffle(fine, FOLD)]  # each (B, channels, S/32, S/32)
+        patches = [one.flatten(2).transpose(1, 2).float() for one in maps]  # each (B, P, channels)
+        # Each map alone: the fine one has eight times the spread of the coarse one, whose meanings would drown in it.
+        return torch.cat([F.layer_norm(one, one.shape[-1:], eps=self.config.layer_norm_eps) for one in patches], dim=-1)
 
     def with_positions(self, features: torch.Tensor) -> torch.Tensor:
         """(B, P, feature_dim) -> (B, P, hidden_size): append the fixed position channels, in the dtype given."""
         n_side = self.config.image_size // self.config.patch_size
-        positions = position_channels(n_side, n_side, self.config.position_dim).to(features)
+        positions = self.config.position_scale * position_channels(n_side, n_side, self.config.position_dim).to(features)
         return torch.cat([features, positions.expand(len(features), -1, -1)], dim=-1)
 
     def forward(

@@ -42,6 +42,7 @@ class CacheMeta:
     image_size: int
     picture_size: int
     fingerprint: str
+    position_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class FillReport:
 def fingerprint(tower: EfficientNetLiteModel) -> str:
     """16 hex digits that change with any weight, and any setting that the weights' shapes do not show."""
     c = tower.config
-    settings = [c.image_size, c.position_dim, c.layer_norm_eps, c.stage_strides, c.stage_depths]
+    settings = ["each map normalised", c.image_size, c.position_dim, c.layer_norm_eps, c.stage_strides, c.stage_depths]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())
@@ -81,6 +82,7 @@ def meta_for(tower: EfficientNetLiteModel, n_images: int, picture_size: int = 0)
         n_patches=config.n_patches,
         width=config.feature_dim,
         position_dim=config.position_dim,
+        position_scale=config.position_scale,
         image_size=config.image_size,
         picture_size=picture_size,
         fingerprint=fingerprint(tower),
@@ -116,7 +118,7 @@ class FeatureCache:
             shape = (sizes.n_images, sizes.picture_size, sizes.picture_size, 3)
             self._pictures = self._map(PICTURES, np.uint8, shape)
         n_side = round(sizes.n_patches**0.5)
-        self._positions = position_channels(n_side, n_side, sizes.position_dim).bfloat16()
+        self._positions = (sizes.position_scale * position_channels(n_side, n_side, sizes.position_dim)).bfloat16()
 
     def _create(self, meta_file: Path) -> None:
         """Empty (sparse) arrays first, the meta data last: a folder with meta data is a whole cache."""

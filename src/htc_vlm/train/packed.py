@@ -26,12 +26,13 @@ N_SPARE = 4  # questions drawn beyond those that surely fit
 class Source:
     """One data set: cached features, codes, and a way to ask about image number i.
 
-    ask(i, n, seed) -> n (question, answer) pairs; share: of all samples; codes (n images, h, w, channels) or None.
+    ask(i, n, seed, progress) -> n (question, answer) pairs, progress of the run from 0 to 1 (for a curriculum); share: of all
+    samples; codes (n images, h, w, channels) or None.
     """
 
     name: str
     cache: FeatureCache
-    ask: Callable[[int, int, int], Sequence[tuple[str, str]]]
+    ask: Callable[[int, int, int, float], Sequence[tuple[str, str]]]
     share: float
     codes: np.ndarray | None = None
 
@@ -58,7 +59,7 @@ class PackedQuestions(Dataset):
         source = self.sources[min(int(np.searchsorted(self._bounds, rng.random())), len(self.sources) - 1)]
         image = int(rng.integers(len(source.cache)))
         n_most = self.n_text // 4 + N_SPARE
-        asked = source.ask(image, n_most, int(rng.integers(2**31)))
+        asked = source.ask(image, n_most, int(rng.integers(2**31)), number / self.n_samples)
         turns = self._fitting([Turn(question, answer) for question, answer in asked])
         encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
         images = {"patch_features": source.cache.get([image]).float()}

@@ -29,13 +29,17 @@ SPECIAL = {
 
 @dataclass(frozen=True)
 class DataPart:
-    """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder."""
+    """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
+
+    curriculum: blocks {until: share of the run, kinds: {kind: weight}}, in order; empty = all kinds alike.
+    """
 
     task: str
     images: int = 0
     share: float = 1.0
     json: str | None = None
     image_folder: str | None = None
+    curriculum: tuple[dict[str, Any], ...] = ()
 
 
 def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:

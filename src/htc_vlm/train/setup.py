@@ -129,7 +129,7 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
             codes = codes_of(
                 cache, encode_code, folder / f"{part.task}-codes-{'latents' if kind == 'latents' else 'quantized'}.npy"
             )
-        sources.append(Source(part.task, cache, _asker(module, ids), part.share, codes))
+        sources.append(Source(part.task, cache, _asker(module, ids, part.curriculum), part.share, codes))
     return sources
 
 
@@ -137,9 +137,15 @@ def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
     return module.picture(ids[number])
 
 
-def _asker(module: Any, ids: Sequence[str]) -> Callable[[int, int, int], list[tuple[str, str]]]:
-    def ask(image: int, n: int, seed: int) -> list[tuple[str, str]]:
-        return [(question.text, question.answer) for question in module.sample_questions(ids[image], n, seed)]
+def _asker(
+    module: Any, ids: Sequence[str], curriculum: Sequence[dict[str, Any]]
+) -> Callable[[int, int, int, float], list[tuple[str, str]]]:
+    """Questions about image number i, their kinds drawn by the weights that the curriculum has at this point of the run."""
+
+    def ask(image: int, n: int, seed: int, progress: float) -> list[tuple[str, str]]:
+        weights = next((block["kinds"] for block in curriculum if progress < block["until"]), None)
+        extra = {} if weights is None else {"weights": weights}
+        return [(question.text, question.answer) for question in module.sample_questions(ids[image], n, seed, **extra)]
 
     return ask
 
