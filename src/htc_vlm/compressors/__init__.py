@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from contextlib import AbstractContextManager
+from typing import Any
 
 from htc_vlm.compressors.base import (
     COMPRESSORS,
+    AppliedOnly,
     Compressor,
+    Drop,
     ImageFeatures,
     Keep,
     Merge,
+    Seen,
     Sizes,
+    TowerView,
     build,
 )
 
@@ -27,4 +33,27 @@ def names() -> list[str]:
     return COMPRESSORS.names()
 
 
-__all__ = ["COMPRESSORS", "Compressor", "ImageFeatures", "Keep", "Merge", "Sizes", "build", "names"]
+def apply(model: Any, name: str, **settings: Any) -> AbstractContextManager[Any]:
+    """`with compressors.apply(model, "fastv", n_keep=98, layer=2): model.generate(...)`, on any LLaVA model.
+
+    See htc_vlm.model.applying.apply. Found when called: this folder lies below htc_vlm.model and does not import it.
+    """
+    applying = importlib.import_module("htc_vlm.model.applying")
+    return applying.apply(model, name, **settings)
+
+
+__all__ = [
+    "COMPRESSORS",
+    "AppliedOnly",
+    "Compressor",
+    "Drop",
+    "ImageFeatures",
+    "Keep",
+    "Merge",
+    "Seen",
+    "Sizes",
+    "TowerView",
+    "apply",
+    "build",
+    "names",
+]

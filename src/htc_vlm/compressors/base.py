@@ -1,10 +1,17 @@
 """The sockets of a compressor: what a method may change between the vision tower and the answer.
 
-A method overrides only what it changes; every default does nothing. Three places:
+A method overrides only what it changes; every default does nothing. The places, from pixels to answer:
 
+    tower_merges patches, blocks -> list  how many patches each block of the vision tower merges (ToMe)
     before_llm   (B, P, D) -> (B, C, D)   which visual tokens the language model receives (pool, queries, anchors)
     visible      TokenLayout -> (B, L, L) who may look at whom (the bottleneck)
-    after_layer  scores -> Keep | Merge   which visual tokens go on to the next layer (FastV, PyramidDrop, SparseVLM)
+    drops        patches, layers -> Drop  between which layers visual tokens leave (FastV, PyramidDrop, SparseVLM)
+    queries      embeddings -> (B, L)     whose attention decides there
+    after_layer  Seen -> Keep | Merge     which visual tokens go on to the next layer
+
+Source:  design.md section 3; each method's file names its paper.
+Differs: a trained model's own forward serves `before_llm` and `visible`. The other places need
+         `compressors.apply(model, name, ...)`, which serves `before_llm` too and works on any LLaVA checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from htc_vlm.ops.merge import TokenMerge
 from htc_vlm.registry import Registry
 from htc_vlm.tokens import TokenLayout
 
@@ -32,6 +41,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class TowerView:
+    """What a vision transformer with a class token knows of its patches, at the block whose output LLaVA reads."""
+
+    keys: Tensor  # (B, P, head_dim), mean over heads
+    class_feature: Tensor  # (B, 1, vision width)
+    class_attention: Tensor  # (B, P), what the class token gives each patch, summed over heads
+
+
+@dataclass(frozen=True)
 class ImageFeatures:
     """A batch of images on its way to the language model. B counts images here, not samples."""
 
@@ -39,11 +57,44 @@ class ImageFeatures:
     project: Callable[[Tensor], Tensor]  # (B, N, vision width) -> (B, N, D), the model's projector
     pixels: Tensor | None = None  # (B, 3, height, width) in [0, 1]; None where codes were computed before
     codes: Tensor | None = None  # (B, h, w, channels) quantized latents computed before; None: from pixels
+    tower: TowerView | None = None  # for methods that ask for it by `reads_tower`
+    merged: TokenMerge | None = None  # what `tower_merges` did; `features` are then the merged ones
 
     @property
     def patches(self) -> Tensor:
         """(B, P, D)"""
         return self.project(self.features)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Visual tokens leave at the input of `layer` (counted from 0).
+
+    scores: "attention" of layer - 1, or "next": what this layer's own queries and keys would give, before it runs.
+    renumber: later layers count positions 0, 1, ... without the tokens that left; otherwise everybody keeps its own.
+    """
+
+    layer: int
+    scores: str = "attention"
+    renumber: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a method knows, between two layers, of I images with n_now visual tokens each; R rows are the queries'."""
+
+    n_patches: int  # P, with which each image entered the language model
+    attention: Tensor  # (I, H, R, n_now), softmax over all that a query sees, cut to its image's columns
+    is_row: Tensor  # (I, R) bool; the others are padding
+    states: Tensor  # (I, n_now, D)
+    distance: Tensor  # (I, R, n_now), position of the query minus position of the visual token
+    inv_freq: Tensor  # (head_dim / 2,) of the rotary embedding
+
+    @property
+    def scores(self) -> Tensor:
+        """(I, n_now), mean over heads and rows."""
+        rows = self.attention.mean(dim=1) * self.is_row[..., None]
+        return rows.sum(dim=1) / self.is_row.sum(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -108,8 +159,30 @@ class Compressor(nn.Module):
         """(B, L, L) bool, True = may look; None = plain causal."""
         return None
 
-    def after_layer(self, layer: int, scores: Tensor | None, n_now: int) -> Keep | Merge | None:
-        """Which visual tokens enter layer `layer` + 1 (layers count from 0); None = all."""
+    @property
+    def merges_in_tower(self) -> bool:
+        """Do blocks of the vision tower merge patches, as `tower_merges` says?"""
+        return False
+
+    def tower_merges(self, n_patches: int, n_blocks: int) -> list[int]:
+        """Patches to merge in each block of the vision tower that comes before LLaVA's features."""
+        return [0] * n_blocks
+
+    @property
+    def reads_tower(self) -> bool:
+        """Does `before_llm` need ImageFeatures.tower?"""
+        return False
+
+    def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
+        """Where inside the language model visual tokens leave."""
+        return ()
+
+    def queries(self, embeds: Tensor, layout: TokenLayout) -> Tensor:
+        """(B, L, D) input embeddings of the prompt -> (B, L) bool: whose attention scores the visual tokens."""
+        return last_token(layout)
+
+    def after_layer(self, layer: int, seen: Seen) -> Keep | Merge | None:
+        """Which visual tokens enter layer `layer` + 1, asked where `drops` says; None = all."""
         return None
 
     def schedule(self, n_patches: int, n_layers: int) -> list[int]:
@@ -125,9 +198,32 @@ class Compressor(nn.Module):
         return {"name": self.name, **asdict(self.settings)}
 
 
+class AppliedOnly(Compressor):
+    """Methods that act where the model class has no socket: `compressors.apply` gives them one, on any LLaVA model."""
+
+    TRAINED = False
+
+    def setup(self, sizes: Sizes) -> None:
+        raise ValueError(
+            f"{self.name} cannot be a model's own compressor (it has no weights and acts inside the vision tower or "
+            f"the language model); load with compressor none and use `with compressors.apply(model, {self.name!r}):`"
+        )
+
+
+def last_token(layout: TokenLayout) -> Tensor:
+    """(B, L) bool: the last token of each sample that is not padding.
+
+    >>> last_token(TokenLayout.from_string("pvvt", "vvtp")).int().tolist()
+    [[0, 0, 0, 1], [0, 0, 1, 0]]
+    """
+    column = torch.arange(layout.kind.shape[1], device=layout.kind.device).expand_as(layout.kind)
+    last = column.masked_fill(layout.is_padding, -1).amax(dim=1, keepdim=True)
+    return column == last
+
+
 def build(name: str, **settings: Any) -> Compressor:
     """A compressor by name. ValueError for an unknown name or setting, naming what is known."""
-    cls = COMPRESSORS.get(name)
+    cls: Any = COMPRESSORS.get(name)
     known = [field.name for field in fields(cls.Settings)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
