@@ -1,0 +1,92 @@
+"""What bottleneck methods promise besides: the one masked pass of training equals compress-then-ask."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from htc_vlm.model import HtcVlmForConditionalGeneration
+
+from .. import tinies
+from ..tinies import BOTTLENECK, TINY_CODE, assert_close, batch, image_ids, pixels, rows, shared, text_logits
+
+METHODS: dict[str, dict[str, Any]] = {"voco": {}, "htc": {"quantizer": TINY_CODE}}
+SWEEP = [
+    ({"name": name, **options, "n_bottleneck": k, "positions": positions, "visual_attention": attention}, backend)
+    for (name, options), k, positions, attention, backend in itertools.product(
+        METHODS.items(), (1, 3), ("sequential", "compact"), ("self", "causal"), ("sdpa", "eager")
+    )
+]
+
+
+def label(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['name']}-{value['n_bottleneck']}-{value['positions']}-{value['visual_attention']}"
+    return str(value)
+
+
+@pytest.fixture(params=SWEEP, ids=lambda pair: f"{label(pair[0])}-{pair[1]}")
+def model(request: pytest.FixtureRequest) -> HtcVlmForConditionalGeneration:
+    compressor, backend = request.param
+    return shared(compressor, backend)
+
+
+@torch.no_grad()
+def test_one_pass_equals_two_passes(model: HtcVlmForConditionalGeneration) -> None:
+    """Training would teach one model and inference run another. Batch of 3; 2, 0 and 1 images; some amid the text."""
+    inputs, images = batch(rows(model)), pixels(3)
+    one = text_logits(model, inputs, pixel_values=images)
+    two = model(**inputs, compressed=model.compress(pixel_values=images)).logits
+    assert_close([row[-len(text) :] for row, text in zip(two, one, strict=True)], one)
+
+
+@torch.no_grad()
+def test_a_stored_image_can_stand_anywhere(model: HtcVlmForConditionalGeneration) -> None:
+    """Cells that depend on what stood around the image when it was compressed, or on its place."""
+    image = image_ids(model)
+    kv = model.compress(pixel_values=pixels(3))
+    for order in ([2, 0], [1, 1]):
+        inputs = batch([[4, 5, 6, *image, 7, *image, 8, 9]])
+        one = text_logits(model, inputs, pixel_values=pixels(3)[order])
+        two = model(**inputs, compressed=kv[order]).logits
+        assert_close([two[0]], one)
+
+
+@torch.no_grad()
+def test_prompts_may_leave_out_the_visual_placeholders(model: HtcVlmForConditionalGeneration) -> None:
+    """A prompt answered from the cache needs no 576 placeholders; it must mean the same with and without them."""
+    n_bottleneck = model.model.compressor.n_bottleneck
+    kv = model.compress(pixel_values=pixels(1))
+    full = batch([[4, *image_ids(model), 7, 8]])
+    short = batch([[4, *[BOTTLENECK] * n_bottleneck, 7, 8]])
+    assert model(**full, compressed=kv).logits.equal(model(**short, compressed=kv).logits)
+
+
+@torch.no_grad()
+def test_bottleneck_attention_is_what_the_masked_pass_attended(model: HtcVlmForConditionalGeneration) -> None:
+    """A heatmap of something else than what the answers were computed from."""
+    eager = shared(model.config.compressor, "eager")
+    n_image, n_bottleneck = len(image_ids(model)), model.model.compressor.n_bottleneck
+    inputs = batch([[*image_ids(model), 5, 6]])
+    before = model.compress(pixel_values=pixels(1)).cells
+    shown = model.bottleneck_attention(pixel_values=pixels(1))  # (1, layers, H, K, C + K)
+    assert model.compress(pixel_values=pixels(1)).cells.equal(before)
+    maps = eager(**inputs, pixel_values=pixels(1), output_attentions=True).attentions
+    expected = torch.stack([layer[0, :, n_image - n_bottleneck : n_image, :n_image] for layer in maps])
+    torch.testing.assert_close(shown[0], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_text_reaches_the_image_only_through_the_bottleneck(model: HtcVlmForConditionalGeneration) -> None:
+    """A mask that lets text look at patches: the bottleneck would learn nothing and the cache would answer nonsense."""
+    eager = shared(model.config.compressor, "eager")
+    inputs = batch([[4, *image_ids(model), 5, 6]])
+    n_visual = model.model.compressor.n_visual(tinies.N_PATCHES)
+    maps = eager(**inputs, pixel_values=pixels(1), output_attentions=True).attentions
+    for layer in maps:
+        assert layer[0, :, -2:, 1 : 1 + n_visual].max() == 0  # text -> visual
+        assert layer[0, :, 1 : 1 + len(image_ids(model)), 0].max() == 0  # image -> text before it
+        assert layer[0, :, -1, 1 + n_visual].min() > 0  # text -> bottleneck
