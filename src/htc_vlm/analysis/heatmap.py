@@ -45,7 +45,7 @@ def bottleneck_maps(model: HtcVlmForConditionalGeneration, pixel_values: Tensor)
     patches = visual[..., : visual.shape[-1] - n_anchors] if is_post else visual[..., n_anchors:]
     side = math.isqrt(patches.shape[-1])
     if side * side != patches.shape[-1]:
-        raise ValueError(f"{patches.shape[-1]} visual tokens are no square grid of patches; there is nothing to lay over a picture")
+        raise ValueError(f"{patches.shape[-1]} visual tokens are no square grid; there is nothing to lay over a picture")
     return BottleneckMaps(anchors=anchors, patches=patches.unflatten(-1, (side, side)), own=own)
 
 

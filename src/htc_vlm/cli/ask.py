@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".heic", ".svg", ".mpo", ".jfif"}
+SUFFIXES = set(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .heic .svg .mpo".split())
 
 
 def parser() -> argparse.ArgumentParser:

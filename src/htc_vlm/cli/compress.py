@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +30,13 @@ def run(argv: list[str]) -> int:
     from htc_vlm.model.answering import Answerer
 
     model, processor = load(options.model)
+    if not model.model.compressor.n_bottleneck:
+        raise ValueError(f"model {options.model!r} has no bottleneck, so it keeps no compressed pictures")
     answerer = Answerer(model, processor)
-    names, parts, batch, n_refused = [], [], [], 0
+    names: list[str] = []
+    parts: list[CompressedImages] = []
+    batch: list[Any] = []
+    n_refused = 0
     for file in files_of(options.pictures):
         try:
             batch.append(load_image(file))
@@ -39,14 +45,12 @@ def run(argv: list[str]) -> int:
             n_refused += 1
             print(f"htc-vlm compress: left out: {' '.join(str(error).split())}", file=sys.stderr)
         if len(batch) == options.batch_size:
-            parts.append(answerer.encode(batch))
+            parts.append(answerer.encode(batch))  # type: ignore[arg-type]
             batch = []
     if batch:
-        parts.append(answerer.encode(batch))
+        parts.append(answerer.encode(batch))  # type: ignore[arg-type]
     if not parts:
         raise ValueError("no picture could be read, so there is nothing to write")
-    if not isinstance(parts[0], CompressedImages):
-        raise ValueError(f"model {options.model!r} has no bottleneck, so it keeps no compressed pictures")
     images = CompressedImages.concat(parts)
     images.save(options.output)
     report = {"output": str(options.output), "pictures": names, "refused": n_refused, "bytes_per_picture": images[0].nbytes}

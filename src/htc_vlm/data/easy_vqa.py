@@ -97,7 +97,8 @@ def sample_questions(image_id: str, n: int, seed: int) -> list[Question]:
     """n of the image's official questions in random order (all of them, if there are fewer)."""
     rows = _by_image(image_id.partition("/")[0])[image_id]
     order = np.random.default_rng(seed).permutation(len(rows))[:n]
-    return [Question(f"easy-vqa/{image_id}/{seed}.{i}", image_id, *rows[i], _kind(rows[i][1])) for i in order]
+    chosen = [rows[i] for i in order]
+    return [Question(f"easy-vqa/{image_id}/{seed}.{i}", image_id, t, a, _kind(a)) for i, (t, a) in enumerate(chosen)]
 
 
 def vocabulary() -> list[str]:

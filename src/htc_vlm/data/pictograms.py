@@ -128,7 +128,8 @@ def scene(image_id: str) -> Scene:
     for cell, number, tile in zip(cells, chosen, tiles, strict=True):
         concept = concepts()[int(number)]
         turn = str(rng.choice(list(TURNS), p=(0.4, 0.2, 0.2, 0.2))) if concept.turns else "upright"
-        jitter = (*(int(v) for v in rng.integers(-5, 6, 2)), int(rng.integers(0, 7)), float(rng.uniform(-8, 8)))
+        right, down = (int(v) for v in rng.integers(-5, 6, 2))
+        jitter = (right, down, int(rng.integers(0, 7)), float(rng.uniform(-8, 8)))
         size = "big" if rng.random() < 0.5 else "small"
         vendor = str(rng.choice(VENDORS[split]))
         things.append(Thing(concept, vendor, cell, list(TILES)[int(tile)], size, turn, jitter))
@@ -281,8 +282,10 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator], Asked]] = {
 }  # fmt: skip
 
 
-def ask(scene: Scene, n: int, rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> list[tuple[str, str, str]]:
-    """n (kind, question, answer) about a scene, kinds drawn by weight (default: equal), all questions different if they can be."""
+def ask(
+    scene: Scene, n: int, rng: np.random.Generator, weights: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
+    """Up to n different (kind, question, answer) about a scene, kinds drawn by weight (default: all alike)."""
     shares = np.array([(weights or {}).get(kind, 1.0 if weights is None else 0.0) for kind in KINDS])
     shares = shares / shares.sum()
     found: dict[str, tuple[str, str, str]] = {}
@@ -300,7 +303,11 @@ def sample_questions(image_id: str, n: int, seed: int, weights: Mapping[str, flo
     """n questions for training, drawn from (image, seed)."""
     split, index = _split_of(image_id)
     rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights)
-    return [Question(f"pictograms/{image_id}/{seed}.{i}", image_id, text, answer, kind) for i, (kind, text, answer) in enumerate(rows)]
+    return _numbered(rows, image_id, f"pictograms/{image_id}/{seed}.")
+
+
+def _numbered(rows: Iterable[tuple[str, str, str]], image_id: str, prefix: str) -> list[Question]:
+    return [Question(f"{prefix}{i}", image_id, text, answer, kind) for i, (kind, text, answer) in enumerate(rows)]
 
 
 @lru_cache(maxsize=4)
@@ -310,7 +317,7 @@ def questions(split: str) -> list[Question]:
     for image_id in images(split)[:1000]:
         _, index = _split_of(image_id)
         rows = ask(scene(image_id), N_QUESTIONS, _rng("fixed", split, index))
-        out += [Question(f"pictograms/{image_id}/{i}", image_id, text, answer, kind) for i, (kind, text, answer) in enumerate(rows)]
+        out += _numbered(rows, image_id, f"pictograms/{image_id}/")
     return out
 
 

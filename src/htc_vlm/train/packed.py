@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from htc_vlm.data.collate import Sample
@@ -90,16 +91,22 @@ class PackedQuestions(Dataset):
 def codes_of(
     cache: FeatureCache, encode: Callable[[torch.Tensor], torch.Tensor], file: Path, batch_size: int = 64
 ) -> np.ndarray:
-    """(n images, h, w, channels) float16: `encode` of the cache's small pictures; computed once and kept in `file`."""
+    """(n images, h, w, channels) float16: `encode` of the cache's small pictures; computed once and kept in `file`.
+
+    `encode` takes (B, 3, S, S) in [0, 1] with S the tower's image size: the small pictures are enlarged as the processor
+    enlarges a picture of that size, so that training sees the codes that inference computes.
+    """
     if file.exists():
-        codes = np.load(file, mmap_mode="r")
+        codes: np.ndarray = np.load(file, mmap_mode="r")
         if len(codes) != len(cache):
             raise ValueError(f"{file} holds codes of {len(codes)} images, the cache has {len(cache)}; remove the file")
         return codes
+    size = (cache.meta.image_size,) * 2
     parts = []
     for begin in range(0, len(cache), batch_size):
-        pictures = cache.pictures(range(begin, min(begin + batch_size, len(cache))))
-        parts.append(encode(pictures.float() / 255).half().numpy())
+        small = cache.pictures(range(begin, min(begin + batch_size, len(cache)))).permute(0, 2, 3, 1).numpy()
+        large = [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in small]
+        parts.append(encode(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2).float() / 255).half().numpy())
     codes = np.concatenate(parts)
     partial = file.with_suffix(".partial.npy")
     np.save(partial, codes)

@@ -6,6 +6,7 @@ Differs: nothing known.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -125,16 +126,22 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
             fill(cache, tower, partial(_picture, module, ids))
         codes = None
         if encode_code is not None and model.model.compressor.has_code:
-            kind = model.model.compressor.settings.anchor_source
-            codes = codes_of(
-                cache, encode_code, folder / f"{part.task}-codes-{'latents' if kind == 'latents' else 'quantized'}.npy"
-            )
+            codes = codes_of(cache, encode_code, folder / f"{part.task}-codes-{code_key(model.model.compressor)}.npy")
         sources.append(Source(part.task, cache, _asker(module, ids, part.curriculum), part.share, codes))
     return sources
 
 
 def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
     return module.picture(ids[number])
+
+
+def code_key(compressor: Any) -> str:
+    """What codes depend on, as part of a file name: the quantizer's weights and what is taken of it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(compressor.quantizer.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    kind = "latents" if compressor.settings.anchor_source == "latents" else "quantized"
+    return f"{kind}-{compressor.settings.quantizer['image_size']}-{digest.hexdigest()[:12]}"
 
 
 def _asker(
@@ -184,9 +191,10 @@ def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def save_rounded(model: Any, processor: Any, folder: Path) -> None:
-    """Save in bfloat16: half the bytes; loaded as float32 it gives the same numbers everywhere."""
+    """Save in bfloat16: half the bytes; loaded as float32 it gives the same numbers everywhere. The quantizer keeps its
+    precision: a rounded codebook would change codes."""
     state = {
-        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        name: value.to(torch.bfloat16) if value.is_floating_point() and ".quantizer." not in name else value
         for name, value in model.state_dict().items()
     }
     model.save_pretrained(folder, state_dict=state)
