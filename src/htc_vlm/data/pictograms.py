@@ -137,6 +137,11 @@ def scene(image_id: str) -> Scene:
     return Scene(tuple(things), background, pattern, float(rng.uniform(0.88, 1.08)), int(rng.integers(2**31)))
 
 
+def n_things(image_id: str) -> int:
+    """How many things a scene holds, 1 to 4."""
+    return len(scene(image_id).things)
+
+
 def picture(image_id: str) -> Image.Image:
     """160 x 160 RGB"""
     return draw(scene(image_id))

@@ -7,7 +7,7 @@ Differs: a sample is a pure function of (seed, number), so a run that was killed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class Source:
     ask: Callable[[int, int, int, float], Sequence[tuple[str, str]]]
     share: float
     codes: np.ndarray | None = None
+    simple_first: Sequence[tuple[float, np.ndarray]] = field(default=())     # until this progress, only these images
+
+    def pick(self, rng: np.random.Generator, progress: float) -> int:
+        """The number of an image, drawn from those allowed at this point of the run."""
+        for until, allowed in self.simple_first:
+            if progress < until:
+                return int(allowed[rng.integers(len(allowed))])
+        return int(rng.integers(len(self.cache)))
 
 
 class PackedQuestions(Dataset):
@@ -58,9 +66,10 @@ class PackedQuestions(Dataset):
     def __getitem__(self, number: int) -> Sample:
         rng = np.random.default_rng((self.seed, number))
         source = self.sources[min(int(np.searchsorted(self._bounds, rng.random())), len(self.sources) - 1)]
-        image = int(rng.integers(len(source.cache)))
+        progress = number / self.n_samples
+        image = source.pick(rng, progress)
         n_most = self.n_text // 4 + N_SPARE
-        asked = source.ask(image, n_most, int(rng.integers(2**31)), number / self.n_samples)
+        asked = source.ask(image, n_most, int(rng.integers(2**31)), progress)
         turns = self._fitting([Turn(question, answer) for question, answer in asked])
         encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
         images = {"patch_features": source.cache.get([image]).float()}

@@ -31,7 +31,7 @@ SPECIAL = {
 class DataPart:
     """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
 
-    curriculum: blocks {until: share of the run, kinds: {kind: weight}}, in order; empty = all kinds alike.
+    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n}, in order; empty = all kinds alike.
     """
 
     task: str

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -127,12 +128,26 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
         codes = None
         if encode_code is not None and model.model.compressor.has_code:
             codes = codes_of(cache, encode_code, folder / f"{part.task}-codes-{code_key(model.model.compressor)}.npy")
-        sources.append(Source(part.task, cache, _asker(module, ids, part.curriculum), part.share, codes))
+        sources.append(Source(part.task, cache, _asker(module, ids, part.curriculum), part.share, codes, _simple_first(module, ids, part.curriculum)))
     return sources
 
 
 def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
     return module.picture(ids[number])
+
+
+def _simple_first(
+    module: Any, ids: Sequence[str], curriculum: Sequence[dict[str, Any]]
+) -> list[tuple[float, np.ndarray]]:
+    """For blocks of a curriculum with `max_things`: (until, numbers of the images with at most so many things)."""
+    blocks = [block for block in curriculum if "max_things" in block]
+    if not blocks:
+        return []
+    counts = np.array([module.n_things(image_id) for image_id in ids])
+    out = [(float(block["until"]), np.flatnonzero(counts <= block["max_things"])) for block in blocks]
+    if any(len(allowed) == 0 for _, allowed in out):
+        raise ValueError("curriculum: max_things leaves no image; raise it")
+    return out
 
 
 def code_key(compressor: Any) -> str:
@@ -150,7 +165,7 @@ def _asker(
     """Questions about image number i, their kinds drawn by the weights that the curriculum has at this point of the run."""
 
     def ask(image: int, n: int, seed: int, progress: float) -> list[tuple[str, str]]:
-        weights = next((block["kinds"] for block in curriculum if progress < block["until"]), None)
+        weights = next((block.get("kinds") for block in curriculum if progress < block["until"]), None)
         extra = {} if weights is None else {"weights": weights}
         return [(question.text, question.answer) for question in module.sample_questions(ids[image], n, seed, **extra)]
 
