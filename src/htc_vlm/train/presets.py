@@ -18,6 +18,7 @@ from htc_vlm.data.prompts import TINY
 from htc_vlm.train.loop import LoopSettings
 
 KEYS = {"name", "base", "vision", "text", "data", "n_text", "stages", "prompt"}
+STAGE_KEYS = ("compressor", "trains", "curriculum")  # of a stage's block, beside LoopSettings
 SPECIAL = {
     "pad_token": "<pad>",
     "eos_token": "</s>",
@@ -32,6 +33,7 @@ class DataPart:
     """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
 
     curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n}, in order; empty = all kinds alike.
+        A stage's own `curriculum: {task: blocks}` takes its place.
     """
 
     task: str
@@ -86,12 +88,10 @@ def _override(preset: dict[str, Any], text: str) -> None:
 def loop_settings(stage: dict[str, Any]) -> LoopSettings:
     """The training settings of a stage's block (everything but `compressor` and what only the tokenizer knows)."""
     known = {field.name for field in fields(LoopSettings)}
-    given = {key: value for key, value in stage.items() if key not in ("compressor", "trains")}
+    given = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise ValueError(
-            f"unknown stage setting {unknown[0]!r}; known: compressor, trains, {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"unknown stage setting {unknown[0]!r}; known: {', '.join(sorted(known | set(STAGE_KEYS)))}")
     for key in ("learning_rate", "min_learning_rate_share", "weight_decay", "beta2", "clip", "distill_weight"):
         if key in given:
             given[key] = float(given[key])

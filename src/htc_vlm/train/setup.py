@@ -62,7 +62,7 @@ def train_stage(
     else:
         folder = cache or output.parent / "cache"
         data = PackedQuestions(
-            _sources(preset, model, folder),
+            _sources(preset, model, folder, block.get("curriculum", {})),
             n_samples=settings.steps * settings.images_per_step,
             n_text=int(preset["n_text"]),
             tokenizer=processor.tokenizer,
@@ -108,13 +108,16 @@ def _packed_length(preset: dict[str, Any], processor: Any) -> int:
     return n_image + int(preset["n_text"])
 
 
-def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
+def _sources(
+    preset: dict[str, Any], model: Any, folder: Path, curricula: dict[str, list[dict[str, Any]]]
+) -> list[Source]:
     """Open or fill the feature caches of a preset's tasks."""
     tower = model.model.vision_tower
     encode_code = getattr(model.model.compressor, "encode", None)
     sources = []
     for options in preset["data"]:
         part = presets.DataPart(**options)
+        curriculum = curricula.get(part.task, part.curriculum)
         module = presets.task_module(part.task)
         ids = module.images("train")[: part.images]
         if len(ids) < part.images:
@@ -128,7 +131,8 @@ def _sources(preset: dict[str, Any], model: Any, folder: Path) -> list[Source]:
         codes = None
         if encode_code is not None and model.model.compressor.has_code:
             codes = codes_of(cache, encode_code, folder / f"{part.task}-codes-{code_key(model.model.compressor)}.npy")
-        sources.append(Source(part.task, cache, _asker(module, ids, part.curriculum), part.share, codes, _simple_first(module, ids, part.curriculum)))
+        ask, simple_first = _asker(module, ids, curriculum), _simple_first(module, ids, curriculum)
+        sources.append(Source(part.task, cache, ask, part.share, codes, simple_first))
     return sources
 
 
