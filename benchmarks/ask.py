@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from htc_vlm import load
 from htc_vlm.cli.ask import cost
 from htc_vlm.data import pictograms

@@ -19,6 +19,9 @@ from htc_vlm.eval.task import Task, find_tasks, make_task
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="htc-vlm eval", description=run.__doc__)
     parser.add_argument("model", help="a shipped checkpoint's name or a path")
+    parser.add_argument(
+        "--compressor", metavar="NAME or JSON", help="use the weights with another method: voco on an uncompressed model is its lower bound"
+    )
     parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
     parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA or data)")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
@@ -47,6 +50,22 @@ def parse_options(pairs: list[str]) -> dict[str, dict[str, Any]]:
     return options
 
 
+def parse_compressor(text: str | None) -> dict[str, Any] | None:
+    """A method by name, or with settings as JSON; None = the model's own.
+
+    >>> parse_compressor("voco"), parse_compressor('{"name": "voco", "n_bottleneck": 2}')
+    ({'name': 'voco'}, {'name': 'voco', 'n_bottleneck': 2})
+    """
+    if text is None:
+        return None
+    if not text.startswith("{"):
+        return {"name": text}
+    try:
+        return dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--compressor {text!r} is neither a method's name nor JSON ({error})") from error
+
+
 def _tasks(args: argparse.Namespace) -> list[Task]:
     options = parse_options(args.set)
     names = [name.strip() for name in args.task.split(",") if name.strip()]
@@ -67,12 +86,14 @@ def run(argv: list[str]) -> int:
     from htc_vlm import load
     from htc_vlm.model.answering import Answerer
 
-    model, processor = load(args.model)
+    model, processor = load(args.model, compressor=parse_compressor(args.compressor))
     answerer = Answerer(model.to(args.device).eval(), processor)
     for task in tasks:
         result = run_task(
             answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,
-            seed=args.seed, device=args.device, config={"model": args.model, "fingerprint": model.fingerprint()},
+            seed=args.seed, device=args.device, config={
+                "model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()
+            },
         )  # fmt: skip
         shown = {key: result[key] for key in ("task", "split", "n_questions")}
         print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All result files of one tiny model: scripts/evaluate_tiny.sh MODEL OUTPUT [htc-vlm eval options]. Needs $DATA (docs/data.md).
+set -euo pipefail
+model=$1 output=$2
+shift 2
+htc-vlm eval "$model" --task pictograms --split test --output "$output" --data "$DATA" --batch-size 96 "$@"
+htc-vlm eval "$model" --task pictograms --split test-unseen --output "$output" --data "$DATA" --batch-size 96 "$@"
+htc-vlm eval "$model" --task easy-vqa --output "$output" --data "$DATA" --batch-size 96 "$@"
+htc-vlm eval "$model" --task fashion-mnist --limit 4000 --output "$output" --data "$DATA" --batch-size 96 "$@"

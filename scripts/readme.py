@@ -1,0 +1,147 @@
+"""Rebuild the measured parts of README.md (the picture and the blocks between markers) from results/; --check only compares.
+
+    python scripts/readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "tiny"
+PICTURE = ROOT / "docs" / "assets" / "tiny.png"
+KINDS = ("name", "category", "tile", "size", "turn", "on", "where", "beside", "exist", "count", "background")
+ROWS = {"tiny-upper": "uncompressed, 36 tokens", "tiny": "HTC, 1 token", "tiny-lower": "lower bound, 1 token"}
+
+
+def result(model: str, task: str) -> dict[str, Any]:
+    """One committed result file."""
+    return json.loads((RESULTS / model / f"{task}.json").read_text())
+
+
+def table() -> str:
+    """Accuracy in percent by kind of question, models and blind baselines side by side."""
+    lines = []
+    for split, title in (("pictograms-test", "seen vendors"), ("pictograms-test-unseen", "unseen vendor (Fluent 3D)")):
+        files = {name: result(model, split) for model, name in ROWS.items()}
+        some = next(iter(files.values()))
+        columns = {name: file["metrics"] for name, file in files.items()}
+        columns |= {"knows what, not where": some["baselines"]["bag of things"], "question only": some["baselines"]["question only"]}
+        lines += [f"**{title}**, {some['n_questions']:,} questions about {some['n_images']:,} new scenes", ""]
+        lines += ["| | " + " | ".join((*KINDS, "all")) + " |", "|---|" + "---:|" * (len(KINDS) + 1)]
+        for name, metrics in columns.items():
+            cells = [f"{metrics[kind]:.1f}" for kind in (*KINDS, "score")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def others() -> str:
+    """easy-VQA and Fashion-MNIST."""
+    lines = ["| | easy-VQA, official test | yes/no | open | Fashion-MNIST, open question |", "|---|---:|---:|---:|---:|"]
+    for model, name in ROWS.items():
+        if not (RESULTS / model / "easy-vqa-test.json").exists():
+            continue
+        easy, fashion = result(model, "easy-vqa-test"), result(model, "fashion-mnist-test")
+        cells = [easy["metrics"]["score"], easy["metrics"]["yes/no"], easy["metrics"]["open"], fashion["metrics"]["open"]]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    easy, fashion = result("tiny", "easy-vqa-test"), result("tiny", "fashion-mnist-test")
+    blind_easy, blind_fashion = easy["baselines"]["question only"], fashion["baselines"]["question only"]
+    cells = [blind_easy["score"], blind_easy["yes/no"], blind_easy["open"], blind_fashion["open"]]
+    lines.append("| question only | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    n_fashion = fashion["n_questions"] // 2
+    lines += ["", f"easy-VQA: all {easy['n_questions']:,} questions. Fashion-MNIST: the first {n_fashion:,} pictures of the official test."]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """First-token time and cache size, from results/ask."""
+    numbers = json.loads((ROOT / "results" / "ask" / "cpu.json").read_text())
+    ratios, kept = numbers["ratios"], numbers["cache_bytes_per_picture"]
+    return (
+        f"On two CPU cores, one run of `benchmarks/ask.py`: first token from the cache at "
+        f"{ratios['first_token_from_cache_vs_text_only']:.2f} times the time of text only; the uncompressed path takes "
+        f"{ratios['first_token_uncompressed_vs_from_cache']:.2f} times as long as the cache. "
+        f"A picture is kept in {kept['compressed']:,} bytes instead of {kept['uncompressed']:,}."
+    )
+
+
+def draw(file: Path) -> None:
+    """Accuracy by kind of question on the seen vendors, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = {name: result(model, "pictograms-test") for model, name in ROWS.items()}
+    baselines = files[ROWS["tiny"]]["baselines"]
+    figure, axes = plt.subplots(figsize=(10, 3.9), layout="constrained")
+    colours = dict(zip(ROWS.values(), ("#9fb8d4", "#1f5fa8", "#d0d4da"), strict=True))
+    for i, (name, file) in enumerate(files.items()):
+        heights = [file["metrics"][kind] for kind in KINDS]
+        axes.bar([x + 0.27 * (i - 1) for x in range(len(KINDS))], heights, 0.26, color=colours[name], label=name)
+    for x, kind in enumerate(KINDS):
+        for key, style, label in (("bag of things", "-", "knows what, not where"), ("question only", ":", "question only")):
+            axes.plot([x - 0.42, x + 0.42], [baselines[key][kind]] * 2, style, color="#c1440e", linewidth=1.4,
+                      label=label if x == 0 else None)  # fmt: skip
+    axes.set_xticks(range(len(KINDS)), KINDS)
+    axes.set(ylim=(0, 101), ylabel="right answers, %", title="What one cached token keeps of a picture: new scenes, by kind of question")
+    axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.09), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def methods() -> str:
+    """The table of methods, from the registry."""
+    from htc_vlm import compressors
+
+    lines = ["| method | source | acts | trained | question-independent | file |", "|---|---|---|---|---|---|"]
+    for name in compressors.names():
+        cls = compressors.COMPRESSORS.get(name)
+        path = cls.__module__.replace(".", "/") + ".py"
+        yes = {True: "yes", False: "no"}
+        lines.append(
+            f"| `{name}` | {cls.PAPER} | {cls.ACTS} | {yes[cls.TRAINED]} | {yes[cls.QUESTION_INDEPENDENT]} | "
+            f"[{path.rsplit('/', 1)[1]}](src/{path}) |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS = {"table": table, "others": others, "speed": speed, "methods": methods}
+
+
+def rebuilt(text: str) -> str:
+    """README text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
+        content = make()
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
+    return text
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--check", action="store_true")
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = rebuilt(old)
+    if arguments.parse_args().check:
+        if new != old:
+            print("README.md differs from results/; run scripts/readme.py", file=sys.stderr)
+        return int(new != old)
+    readme.write_text(new)
+    draw(PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
