@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All result files of one tiny model: scripts/evaluate_tiny.sh MODEL OUTPUT [htc-vlm eval options]. Needs $DATA (docs/data.md).
+# All result files of one tiny model, copied to results/tiny/NAME (NAME = last part of OUTPUT):
+#     DATA=DIR scripts/evaluate_tiny.sh MODEL OUTPUT [htc-vlm eval options]          (DIR: docs/data.md)
 set -euo pipefail
 model=$1 output=$2
 shift 2
@@ -7,3 +8,8 @@ htc-vlm eval "$model" --task pictograms --split test --output "$output" --data "
 htc-vlm eval "$model" --task pictograms --split test-unseen --output "$output" --data "$DATA" --batch-size 96 "$@"
 htc-vlm eval "$model" --task easy-vqa --output "$output" --data "$DATA" --batch-size 96 "$@"
 htc-vlm eval "$model" --task fashion-mnist --limit 4000 --output "$output" --data "$DATA" --batch-size 96 "$@"
+kept=results/tiny/$(basename "$output")
+mkdir -p "$kept"
+for folder in "$output"/*/; do
+    cp "$folder/result.json" "$kept/$(basename "$folder").json"
+done

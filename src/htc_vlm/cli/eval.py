@@ -19,9 +19,7 @@ from htc_vlm.eval.task import Task, find_tasks, make_task
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="htc-vlm eval", description=run.__doc__)
     parser.add_argument("model", help="a shipped checkpoint's name or a path")
-    parser.add_argument(
-        "--compressor", metavar="NAME or JSON", help="use the weights with another method: voco on an uncompressed model is its lower bound"
-    )
+    parser.add_argument("--compressor", metavar="NAME", help="another method for these weights (or JSON with settings)")
     parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
     parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA or data)")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
