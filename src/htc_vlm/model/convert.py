@@ -7,25 +7,49 @@ Differs: nothing is loaded half: a missing or unexpected weight is an error that
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
 
+from htc_vlm.model import convert_original
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.convert_mgvq import mgvq_state_dict
+from htc_vlm.model.convert_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 
 BOTTLENECK_TOKEN = "<voco>"
+# Sizes of the checkpoints that presets may name as `base`, from their config.json.
+LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
+BASES: dict[str, dict[str, Any]] = {
+    LLAVA_7B: {
+        "vision": CLIP_336_CONFIG,
+        "text": {
+            "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "bottleneck_token_id": 32002,  # the first free row: the tokenizer has 32002 entries
+    },
+}  # fmt: skip
 
-__all__ = ["add_bottleneck_token", "llava_state_dict", "mgvq_state_dict", "with_compressor"]
+__all__ = [
+    "add_bottleneck_token",
+    "is_original_layout",
+    "llava_state_dict",
+    "meta_model",
+    "mgvq_state_dict",
+    "with_compressor",
+]
 
 
 def with_compressor(
@@ -34,37 +58,109 @@ def with_compressor(
     mgvq: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = "auto",
     allow_untrained_quantizer: bool = False,
+    vision: str | os.PathLike[str] | None = None,
 ) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
-    """A LLaVA checkpoint (ours or Hugging Face's) with another compressor: the start of the compress stage.
+    """A LLaVA checkpoint (ours, Hugging Face's or the original) with another compressor: where the compress stage starts.
 
     mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless
-    the checkpoint already holds one of the same shape. Raises ValueError for weights that do not fit.
+    the checkpoint already holds one of the same shape. vision: a CLIP folder, for original checkpoints without their
+    vision tower. Raises ValueError for weights that do not fit.
     """
-    config = HtcVlmConfig.from_pretrained(path)
-    config.compressor = dict(compressor)
-    config = HtcVlmConfig.from_dict(config.to_dict())  # checks the settings
-    processor = HtcVlmProcessor.from_pretrained(path)
-    config.image_mean = list(processor.image_processor.image_mean)
-    config.image_std = list(processor.image_processor.image_std)
+    base = _read_base(path, compressor, vision)
     model, info = HtcVlmForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True
-    )
-    missing = [name for name in info["missing_keys"] if not name.startswith("model.compressor.")]
-    unexpected = [name for name in info["unexpected_keys"] if not name.startswith("model.compressor.")]
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    _check_fit(path, info)
+    if base.state is not None:  # the original's generate never meets <image>; ours could write it
+        model.generation_config.suppress_tokens = [model.config.image_token_id]
     if model.model.compressor.n_bottleneck:
-        add_bottleneck_token(model, processor.tokenizer)
+        add_bottleneck_token(model, base.tokenizer)
     quantizer = [name for name in info["missing_keys"] if name.startswith("model.compressor.quantizer.")]
     if mgvq is not None:
         load_mgvq(model, mgvq)
     elif quantizer and not allow_untrained_quantizer:
         raise ValueError("this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)")
-    rebuilt = HtcVlmProcessor.for_config(
-        model.config, processor.image_processor, processor.tokenizer, chat_template=processor.chat_template,
-        image_token=processor.image_token, num_additional_image_tokens=processor.num_additional_image_tokens,
+    processor = HtcVlmProcessor.for_config(
+        model.config, base.image_processor, base.tokenizer, **base.processor_options
+    )
+    return model, processor
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a model is made from. path is None where `state` holds the weights."""
+
+    path: str | os.PathLike[str] | None
+    state: dict[str, Tensor] | None
+    config: HtcVlmConfig
+    tokenizer: Any
+    image_processor: Any
+    processor_options: dict[str, Any]
+
+
+def _read_base(
+    path: str | os.PathLike[str], compressor: Mapping[str, Any], vision: str | os.PathLike[str] | None
+) -> _Base:
+    if is_original_layout(path):
+        original = convert_original.read(path, vision)
+        normalised = {"image_mean": original.image_processor.image_mean, "image_std": original.image_processor.image_std}
+        config = HtcVlmConfig(**original.options, **normalised, compressor=dict(compressor))
+        has_cls = original.options["vision_feature_select_strategy"] == "default"
+        options = {"image_token": convert_original.IMAGE_TOKEN, "num_additional_image_tokens": int(has_cls)}
+        return _Base(None, original.state, config, original.tokenizer, original.image_processor, options)
+    if vision is not None:
+        raise ValueError(f"{path} is a Hugging Face checkpoint, which has its own vision tower; leave out --vision")
+    config = HtcVlmConfig.from_pretrained(path)
+    processor = HtcVlmProcessor.from_pretrained(path)
+    config.compressor = dict(compressor)
+    config.image_mean = list(processor.image_processor.image_mean)
+    config.image_std = list(processor.image_processor.image_std)
+    config = HtcVlmConfig.from_dict(config.to_dict())  # checks the settings
+    options = {
+        "chat_template": processor.chat_template,
+        "image_token": processor.image_token,
+        "num_additional_image_tokens": processor.num_additional_image_tokens,
+    }
+    return _Base(path, None, config, processor.tokenizer, processor.image_processor, options)
+
+
+def _check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+    """ValueError, naming some, unless every weight outside the compressor was found in its right size."""
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("model.compressor."))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("model.compressor."))
+    wrong = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{path} does not fit its config.json: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"of another size {wrong[:5]}"
+        )
+
+
+def meta_model(preset_or_compressor: Mapping[str, Any], stage: str = "compress") -> HtcVlmForConditionalGeneration:
+    """A model of real size without memory (meta device): its shapes, parameter counts and costs, no numbers.
+
+    preset_or_compressor: a preset (`htc_vlm.train.presets.read`), of which `stage` is built; or a compressor's name and
+    settings on LLaVA-1.5-7B.
+    """
+    preset = preset_or_compressor
+    if "stages" not in preset:
+        preset = {"base": LLAVA_7B, "stages": {stage: {"compressor": dict(preset_or_compressor)}}}
+    if stage not in preset["stages"]:
+        raise ValueError(f"the preset has no stage {stage!r}; it has: {', '.join(preset['stages'])}")
+    name = preset.get("base")
+    if name not in BASES:
+        raise ValueError(f"the preset's `base` is {name!r}, whose sizes are not known here; known: {', '.join(BASES)}")
+    compressor = preset["stages"][stage].get("compressor", {"name": "none"})
+    base = BASES[name]
+    ids = {key: base[key] for key in ("image_token_index", "pad_token_id", "bottleneck_token_id")}
+    text = LlamaConfig(**base["text"], pad_token_id=base["pad_token_id"], bos_token_id=1, eos_token_id=2)
+    config = HtcVlmConfig(
+        vision_config=CLIPVisionConfig(**base["vision"]), text_config=text, compressor=dict(compressor),
+        tie_word_embeddings=False, **ids,
     )  # fmt: skip
-    return model, rebuilt
+    with torch.device("meta"):
+        return HtcVlmForConditionalGeneration(config).eval()
 
 
 def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) -> int:
@@ -112,61 +208,3 @@ def read_mgvq(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     )
     ours = any(name.startswith("quantizer.") for name in state)
     return dict(state) if ours else mgvq_state_dict(state)
-
-
-_ORIGINAL = (
-    (r"model\.vision_tower\.vision_tower\.", "model.vision_tower."),
-    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
-    (r"lm_head\.", "lm_head."),
-)
-
-
-def llava_state_dict(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights named as in liuhaotian/llava-v1.5 -> as in transformers. ValueError for a name that is not LLaVA's.
-
-    >>> sorted(llava_state_dict({"model.mm_projector.2.bias": torch.zeros(1), "model.norm.weight": torch.ones(1)}))
-    ['model.language_model.norm.weight', 'model.multi_modal_projector.linear_2.bias']
-    """
-    out = {}
-    for name, value in original.items():
-        if name.endswith("rotary_emb.inv_freq"):  # computed, not a weight
-            continue
-        for pattern, replacement in _ORIGINAL:
-            renamed, n_found = re.subn(f"^{pattern}", replacement, name)
-            if n_found:
-                out[renamed] = value
-                break
-        else:
-            raise ValueError(f"{name!r} is not a weight of the original LLaVA-1.5 layout")
-    return out
-
-
-def read_original(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All weight files (.safetensors or .bin) of an original LLaVA-1.5 folder, renamed. The vision tower may be
-    absent: there it is a CLIP folder of its own."""
-    folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        part = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-        state.update(part)
-    return llava_state_dict(state)
-
-
-def is_original_layout(path: str | os.PathLike[str]) -> bool:
-    """Is this a liuhaotian/llava folder (its config names `mm_vision_tower`), not a Hugging Face LLaVA?"""
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; give a checkpoint folder")
-    try:
-        return "mm_vision_tower" in json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config}: not JSON ({error})") from error
