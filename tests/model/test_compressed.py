@@ -1,0 +1,131 @@
+"""CompressedImages: indexing, concatenation, files, and the refusal of what is foreign or damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from htc_vlm.model import CompressedImages
+
+from ..tinies import BOTTLENECK, batch, build, pixels, shared
+
+VOCO = {"name": "voco", "n_bottleneck": 3}
+
+
+@pytest.fixture(scope="module")
+def kv() -> CompressedImages:
+    return shared(VOCO).compress(pixel_values=pixels(3))
+
+
+def test_cells_are_one_tensor_of_the_promised_shape(kv: CompressedImages) -> None:
+    """(N images, layers, 2, kv heads, K, head dim): 3 layers, 2 kv heads of 32 / 4 = 8."""
+    assert kv.cells.shape == (3, 3, 2, 2, 3, 8)
+    assert len(kv) == 3 and kv.n_bottleneck == 3 and kv.n_visual == 16
+
+
+def test_nbytes_counts_what_is_stored(kv: CompressedImages) -> None:
+    """By hand: 3 layers x keys and values x 2 heads x 3 tokens x 8 numbers x 4 bytes = 1152 per image."""
+    assert kv[0].nbytes == 1152 and kv.nbytes == 3 * 1152
+    assert kv.to(torch.bfloat16).nbytes == 3 * 576
+
+
+def test_an_index_gives_compressed_images_again(kv: CompressedImages) -> None:
+    """An index that drops a dimension makes kv[0] useless for everything else."""
+    assert kv[1].cells.equal(kv.cells[1:2]) and kv[-1].cells.equal(kv.cells[2:])
+    assert kv[:2].cells.equal(kv.cells[:2]) and kv[[2, 0]].cells.equal(kv.cells[[2, 0]])
+    assert [one.cells.shape[0] for one in kv] == [1, 1, 1]
+    assert kv[0].fingerprint == kv.fingerprint
+    with pytest.raises(IndexError, match="image 3 of 3"):
+        kv[3]
+
+
+def test_each_image_is_compressed_as_if_alone(kv: CompressedImages) -> None:
+    """A stored image must not depend on the batch it was compressed in."""
+    for i in range(3):
+        alone = shared(VOCO).compress(pixel_values=pixels(3)[i : i + 1])
+        torch.testing.assert_close(alone.cells, kv[i].cells, atol=1e-5, rtol=0)
+
+
+def test_concat_puts_images_of_one_model_together(kv: CompressedImages) -> None:
+    assert CompressedImages.concat([kv[2], kv[:2]]).cells.equal(kv.cells[[2, 0, 1]])
+    other = CompressedImages(kv.cells, "0123456789abcdef", kv.n_visual)
+    with pytest.raises(ValueError, match="images of different models.*0123456789abcdef"):
+        CompressedImages.concat([kv, other])
+    with pytest.raises(ValueError, match="nothing to concatenate"):
+        CompressedImages.concat([])
+
+
+def test_a_saved_file_is_read_as_it_was(kv: CompressedImages, tmp_path: Path) -> None:
+    for cells in (kv, kv.to(torch.bfloat16), kv[1]):
+        cells.save(tmp_path / "x.safetensors")
+        again = CompressedImages.load(tmp_path / "x.safetensors")
+        assert again.cells.equal(cells.cells) and again.cells.dtype == cells.cells.dtype
+        assert (again.fingerprint, again.n_visual) == (cells.fingerprint, cells.n_visual)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_another_model_is_refused(kv: CompressedImages) -> None:
+    """Cells of another model have the right shape and give fluent nonsense."""
+    other = build(VOCO)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    question = batch([[5, 6]])
+    for ask in (other.generate, other):
+        with pytest.raises(ValueError, match="compressed by another model or with other settings"):
+            ask(**question, compressed=kv)
+    with pytest.raises(ValueError, match="compressed by another model or with other settings"):
+        shared({**VOCO, "positions": "compact"}).generate(**question, compressed=kv)
+    with pytest.raises(ValueError, match="'none' has no bottleneck"):
+        shared({"name": "none"}).generate(**question, compressed=kv)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        CompressedImages.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    """A model's weights are safetensors too."""
+    save_file({"cells": torch.zeros(1, 1, 2, 1, 1, 2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="weights.safetensors: not a file of compressed images"):
+        CompressedImages.load(tmp_path / "weights.safetensors")
+
+
+def test_a_damaged_file_is_refused(kv: CompressedImages, tmp_path: Path) -> None:
+    """Cut short by a full disk, a text file of that name, or values that are no numbers."""
+    path = tmp_path / "x.safetensors"
+    kv.save(path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:4], b"", b"hello, this is no safetensors file" * 10):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.safetensors: damaged"):
+            CompressedImages.load(path)
+    broken = CompressedImages(kv.cells.clone().fill_(float("nan")), kv.fingerprint, kv.n_visual)
+    broken.save(path)
+    with pytest.raises(ValueError, match="not finite"):
+        CompressedImages.load(path)
+
+
+def test_cells_of_a_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="cells must be"):
+        CompressedImages(torch.zeros(3, 3), "f", 16)
+
+
+def test_one_cache_answers_twice(kv: CompressedImages) -> None:
+    """A cache object used twice grows, and the second answer continues the first."""
+    model, question = shared(VOCO), batch([[5, 6]])
+    before = kv.cells.clone()
+    answers = [model.generate(**question, compressed=kv[0], max_new_tokens=4, do_sample=False) for _ in range(2)]
+    assert answers[0].equal(answers[1]) and kv.cells.equal(before)
+
+
+@torch.no_grad()
+def test_cells_kept_in_half_precision_still_answer(kv: CompressedImages) -> None:
+    """Stored as bfloat16 (half the bytes) they are read in the model's own dtype."""
+    model, prompt = shared(VOCO), batch([[BOTTLENECK] * 3 + [5, 6]])
+    full = model(**prompt, compressed=kv[0]).logits
+    half = model(**prompt, compressed=kv[0].to(torch.bfloat16)).logits
+    assert half.dtype == full.dtype and 0 < (half - full).abs().max() < 1
