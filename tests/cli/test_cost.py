@@ -1,0 +1,66 @@
+"""`htc-vlm cost`: the published budgets of every method, and numbers that were worked out elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from htc_vlm.cli import cost
+from htc_vlm.ops.cost import LLAMA_7B
+
+
+def table(budget: int) -> dict[str, cost.Row]:
+    rows, missing = cost.rows(budget, 576, LLAMA_7B, n_text=40)
+    assert missing == {}
+    return {row.method + "+" * row.settings.get("plus", False): row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (192, {"fastv": 191.6, "pyramid_drop": 192.1, "sparse_vlm": 206.5, "sparse_vlm+": 206.8, "avg_pool": 196.0}),
+        (128, {"fastv": 127.9, "pyramid_drop": 128.4, "sparse_vlm": 145.4, "sparse_vlm+": 144.1, "avg_pool": 121.0}),
+        (64, {"fastv": 64.1, "pyramid_drop": 63.9, "sparse_vlm": 82.3, "sparse_vlm+": 81.8, "avg_pool": 64.0}),
+    ],
+)
+def test_published_budgets_as_means_over_layers(budget: int, expected: dict[str, float]) -> None:
+    """specs/baselines.md sections 5 to 7: the same name, "64 tokens", stands for 64 to 82 of them."""
+    rows = table(budget)
+    means = {name: row.equivalent_tokens for name, row in rows.items()}
+    exact = dict.fromkeys(("random_drop", "divprune", "tome", "visionzip", "qformer"), float(budget))
+    expected = {**expected, **exact, "none": 576.0, "voco": 576.0 + budget, "htc": 580.0 + budget}
+    assert means == pytest.approx(expected, abs=0.06)
+
+
+def test_the_authors_own_numbers_stand_beside() -> None:
+    """SparseVLM's 64 and the bottleneck's 64 are counted otherwise."""
+    authors = {name: row.authors_tokens for name, row in table(64).items() if row.authors_tokens is not None}
+    assert authors["sparse_vlm"] == pytest.approx(64.8, abs=0.06)
+    assert authors["htc"] == authors["voco"] == 64
+
+
+def test_flops_and_bytes_of_llava() -> None:
+    """8.178 TFLOPs for 576 patches and 40 words (specs/ecosystem.md section 7); half a MiB per fp16 entry."""
+    rows = table(64)
+    assert rows["none"].prefill_tflops == pytest.approx(8.178, abs=0.001)
+    assert rows["none"].cache_mib == 288
+    assert rows["htc"].cache_mib == rows["divprune"].cache_mib == 32
+    assert rows["fastv"].again_tflops == rows["fastv"].prefill_tflops  # another question, another choice
+    assert rows["htc"].prefill_tflops > rows["none"].prefill_tflops > rows["sparse_vlm"].prefill_tflops
+    assert rows["htc"].again_tflops < 0.6
+
+
+def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables in a README are pasted from here."""
+    assert cost.run(["llava-1.5-7b", "--budget", "64"]) == 0
+    assert "| fastv | n_keep=30, layer=2 | 576 x2, 30 x30 | 64.1 |" in capsys.readouterr().out
+    assert cost.run(["llava-1.5-7b", "--budget", "100", "--format", "json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert "known: 192, 128, 96, 64" in out["missing"]["sparse_vlm"]
+
+
+def test_impossible_budgets_are_refused() -> None:
+    """577 of 576."""
+    with pytest.raises(ValueError, match="1 to 576"):
+        cost.run(["llava-1.5-7b", "--budget", "577"])
