@@ -192,3 +192,15 @@ def test_the_fingerprint_changes_with_weights_and_settings_and_nothing_else(tmp_
     model.lm_head.weight[0, 0] -= 1
     model.model.language_model.embed_tokens.weight.mul_(1.5)
     assert model.fingerprint() != print_of
+
+
+def test_weights_are_saved_under_the_names_in_memory(tmp_path: Path) -> None:
+    """Trainer resumes with load_state_dict(strict=False): under the hub's names it would go on from random weights."""
+    from safetensors.torch import load_file
+
+    model = build(VOCO)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    again = HtcVlmForConditionalGeneration.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
