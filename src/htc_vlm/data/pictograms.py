@@ -344,7 +344,7 @@ def question_only_baseline(train: Iterable[Question], test: Iterable[Question]) 
     for question in train:
         by_text[question.text][question.answer] += 1
         by_kind[question.kind][question.answer] += 1
-    return _accuracy(test, lambda q: (by_text.get(q.text) or by_kind[q.kind]).most_common(1)[0][0])
+    return _accuracy(test, lambda q: _commonest(by_text.get(q.text) or by_kind[q.kind], q))
 
 
 def majority_baseline(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
@@ -352,7 +352,13 @@ def majority_baseline(train: Iterable[Question], test: Iterable[Question]) -> di
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         by_kind[question.kind][question.answer] += 1
-    return _accuracy(test, lambda q: by_kind[q.kind].most_common(1)[0][0])
+    return _accuracy(test, lambda q: _commonest(by_kind[q.kind], q))
+
+
+def _commonest(answers: Counter[str], asked: Question) -> str:
+    if not answers:
+        raise ValueError(f"no training question is of the kind {asked.kind!r}, so {asked.id} has no blind baseline")
+    return answers.most_common(1)[0][0]
 
 
 def _accuracy(test: Iterable[Question], guess: Callable[[Question], str]) -> dict[str, float]:
@@ -365,9 +371,10 @@ def _accuracy(test: Iterable[Question], guess: Callable[[Question], str]) -> dic
 def bag_of_things_ceiling(scene: Scene, question: Question) -> float:
     """Expected accuracy of an ideal answerer who knows what is in the picture but not what belongs where or to what.
 
-    It knows the set of concepts, the set of tile colours, the multisets of sizes and turns, which cells are taken, and the
-    background; not which thing stands in which cell, on which tile, at which size or turn. So whole-picture questions
-    (exist, count, background) score 1; name, on, beside 1 / number of candidates; the others the share of the best guess.
+    It knows each thing's concept, size and turn (bound to each other), the set of tile colours, which cells are taken,
+    and the background; not which thing stands in which cell or on which tile. So whole-picture questions (exist, count,
+    background) score 1, and so do size and turn of a thing that the question names; name, on, beside 1 / number of
+    candidates; the others the share of the best guess. "Which way up" is asked only of things that turn.
     """
     things = scene.things
     if question.kind in ("exist", "count", "background"):
@@ -375,6 +382,10 @@ def bag_of_things_ceiling(scene: Scene, question: Question) -> float:
     if question.kind == "beside":                       # the thing named in the question is not beside itself
         named = any(f"the {thing.concept.label} ?" in question.text for thing in things)
         return 1 / (len(things) - 1) if named else 1 / len(things)
+    if question.kind in ("size", "turn") and any(f" {thing.concept.label} " in question.text for thing in things):
+        return 1.0
+    if question.kind == "turn":
+        things = tuple(thing for thing in things if thing.concept.turns)
     values = {
         "name": [thing.concept.label for thing in things],
         "on": [thing.concept.label for thing in things],
