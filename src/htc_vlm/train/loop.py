@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from htc_vlm.train.stages import Stage, freeze, trainable_table
 
@@ -46,19 +47,35 @@ class LoopSettings:
     extra: dict[str, Any] | None = None
 
 
+# Trainer goes on without those that are missing, from other weights than an uninterrupted run has.
+NEEDED_TO_RESUME = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
+
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones (no trainer_state.json) are removed."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in reversed(found):
-        state = path / "trainer_state.json"  # the last file that Trainer writes
-        try:
-            step = json.loads(state.read_text())["global_step"] if state.exists() else None
-        except json.JSONDecodeError:
-            step = None
-        if step == int(path.name.split("-")[1]):
+    """The newest checkpoint that was written to its end; newer ones, half-written, are removed."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(found, key=_step_of, reverse=True):
+        if is_whole(path):
             return path
         shutil.rmtree(path)
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Are all files there, and the last one that Trainer writes (trainer_state.json) complete?"""
+    state = checkpoint / "trainer_state.json"
+    found = [list(checkpoint.glob(pattern)) for pattern in (*NEEDED_TO_RESUME, state.name)]
+    if not all(files and all(file.stat().st_size for file in files) for files in found):
+        return False
+    try:
+        step = json.loads(state.read_text())["global_step"]
+    except (ValueError, KeyError, TypeError):  # cut off
+        return False
+    return bool(step == _step_of(checkpoint))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 class StageTrainer(Trainer):
@@ -84,10 +101,10 @@ class StageTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teach is not None and self.distill_weight:
             supervised = inputs["labels"][:, 1:] != -100
-            student = outputs.logits[:, :-1][supervised].float().log_softmax(-1)
-            teacher = self.teach(inputs).float().log_softmax(-1)
-            follow = nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
-            loss = (1 - self.distill_weight) * loss + self.distill_weight * follow
+            student, teacher = outputs.logits[:, :-1][supervised], self.teach(inputs)
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * follow_loss(
+                student, teacher, len(student) if num_items_in_batch is None else num_items_in_batch
+            )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the "
@@ -95,9 +112,30 @@ class StageTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before each step of the optimizer: a step along a broken gradient would end up in a checkpoint."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step}; lower the learning rate or check "
+                "the data. Checkpoints up to here are kept"
+            )
+        return norm
+
+
+def follow_loss(student: Tensor, teacher: Tensor, n_tokens: int | Tensor) -> Tensor:
+    """Logits (T, V) of both -> sum over tokens of KL(teacher || student), divided by n_tokens; nats.
+
+    >>> log = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    >>> round(follow_loss(*log, n_tokens=1).item(), 4)     # 0.75 ln 1.5 + 0.25 ln 0.5
+    0.1308
+    """
+    log_student, log_teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return nn.functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum") / n_tokens
+
 
 class JsonLines(TrainerCallback):
-    """metrics.jsonl: one line per log, appended; lines after the step that a run resumes from are dropped first."""
+    """metrics.jsonl: one line per logged step, appended; lines after the step that a run resumes from are dropped first."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.start = file, time.monotonic()
@@ -106,9 +144,17 @@ class JsonLines(TrainerCallback):
         if self.file.exists():
             rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if row["step"] <= state.global_step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.file)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # the last step is logged, whatever log_every is
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if "loss" not in (logs or {}):  # Trainer's summary at the end, of this start alone
+            return
         row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **(logs or {})}
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -128,6 +174,9 @@ def run(
     Returns a report (also report.json): steps, seconds of this start, final loss, settings. Writes metrics.jsonl and
     loss.png.
     """
+    for name in ("steps", "images_per_step", "save_every", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains)), flush=True)
     if settings.compile:
@@ -144,7 +193,10 @@ def run(
     )
     checkpoint = last_whole_checkpoint(output)
     start = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        close_progress_bar(trainer)
     if result.global_step == 0:
         raise ValueError("not a single step was run: the data set gave no batch")
     report = {
@@ -152,12 +204,26 @@ def run(
         "steps": result.global_step,
         "seconds": round(time.monotonic() - start, 1),
         "resumed_from": checkpoint.name if checkpoint else None,
-        "loss": result.training_loss,
+        "loss": last_loss(output / "metrics.jsonl"),
         "settings": asdict(settings),
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
     return report
+
+
+def close_progress_bar(trainer: Trainer) -> None:
+    """After an error the bar is still open, and the message would stand at its end."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.close()
+            callback.training_bar = None
+
+
+def last_loss(metrics: Path) -> float | None:
+    """The loss of the last logged step (Trainer's own mean is wrong after a resume); None if nothing was logged."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return float(json.loads(lines[-1])["loss"]) if lines else None
 
 
 def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
@@ -188,7 +254,11 @@ def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
         "remove_unused_columns": False,
         "report_to": "none",
     }
-    return TrainingArguments(**{**options, **(settings.extra or {})})
+    extra = settings.extra or {}
+    unknown = sorted(set(extra) - {field.name for field in fields(TrainingArguments)})
+    if unknown:
+        raise ValueError(f"extra: transformers' TrainingArguments has no {unknown[0]!r}")
+    return TrainingArguments(**{**options, **extra})
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:
@@ -198,7 +268,7 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     points = [(row["step"], row["loss"]) for row in rows if "loss" in row and math.isfinite(row["loss"])]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     if points:
