@@ -17,8 +17,9 @@ import yaml
 from htc_vlm.data.prompts import TINY
 from htc_vlm.train.loop import LoopSettings
 
+NEEDED = ("data", "stages")
 KEYS = {"name", "base", "vision", "text", "data", "n_text", "stages", "prompt"}
-STAGE_KEYS = ("compressor", "trains", "curriculum")  # of a stage's block, beside LoopSettings
+STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text")  # of a stage's block, beside LoopSettings
 SPECIAL = {
     "pad_token": "<pad>",
     "eos_token": "</s>",
@@ -52,12 +53,30 @@ def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         preset = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({error})") from error
+    if not isinstance(preset, dict):
+        raise ValueError(f"{path}: a preset is a YAML mapping with {', '.join(sorted(NEEDED))}; found {preset!r:.60}")
     for override in overrides or []:
         _override(preset, override)
+    _check(path, preset)
+    return preset
+
+
+def _check(path: Path, preset: dict[str, Any]) -> None:
+    """ValueError for keys that nothing reads, and for parts that are missing."""
     unknown = sorted(set(preset) - KEYS)
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
-    return preset
+    absent = sorted(key for key in NEEDED if not preset.get(key))
+    if absent:
+        raise ValueError(f"{path}: {absent[0]!r} is missing or empty; a preset has {', '.join(sorted(NEEDED))}")
+    for name, block in preset["stages"].items():
+        if not isinstance(block, dict):
+            raise ValueError(f"{path}: stages.{name} is {block!r}; give it settings, at least `steps: 1000`")
+    known = [field.name for field in fields(DataPart)]
+    for part in preset["data"]:
+        wrong = sorted(set(part) - set(known))
+        if wrong or not part.get("task"):
+            raise ValueError(f"{path}: data: {part} has no task, or an unknown key; known: {', '.join(known)}")
 
 
 def shipped() -> list[Path]:
@@ -82,7 +101,10 @@ def _override(preset: dict[str, Any], text: str) -> None:
         if not isinstance(node.get(parent), dict):
             raise ValueError(f"override {text!r}: the preset has no {parent!r} with values inside")
         node = node[parent]
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: {value!r} is not YAML") from error
 
 
 def loop_settings(stage: dict[str, Any]) -> LoopSettings:
@@ -92,18 +114,40 @@ def loop_settings(stage: dict[str, Any]) -> LoopSettings:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"unknown stage setting {unknown[0]!r}; known: {', '.join(sorted(known | set(STAGE_KEYS)))}")
-    for key in ("learning_rate", "min_learning_rate_share", "weight_decay", "beta2", "clip", "distill_weight"):
-        if key in given:
-            given[key] = float(given[key])
+    for field in fields(LoopSettings):
+        if field.name in given:
+            given[field.name] = typed(field.name, given[field.name], field.type)
     return LoopSettings(**given)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value in the type of a setting ("2e-3" is a string in YAML); ValueError where it cannot be.
+
+    >>> typed("learning_rate", "2e-3", "float")
+    0.002
+    """
+    if kind == "float" and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is {value!r}; give a number") from error
+    mappings = {"dict[str, Any] | None": dict | None, "Mapping[str, Any]": dict}
+    fits: Any = {"int": int, "bool": bool, "str": str, **mappings}[kind]
+    if not isinstance(value, fits) or (isinstance(value, bool) and kind == "int"):
+        words = {"int": "a whole number", "bool": "true or false", "str": "a word"}
+        raise ValueError(f"{name} is {value!r}; give {words.get(kind, 'a mapping')}")
+    return value
 
 
 def task_module(task: str) -> Any:
     """The data module of a task name: `easy-vqa` -> htc_vlm.data.easy_vqa."""
     try:
-        return importlib.import_module(f"htc_vlm.data.{task.replace('-', '_')}")
+        module = importlib.import_module(f"htc_vlm.data.{task.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise ValueError(f"no data set {task!r}: there is no htc_vlm/data/{task.replace('-', '_')}.py") from error
+    if not hasattr(module, "sample_questions"):
+        raise ValueError(f"htc_vlm/data/{task.replace('-', '_')}.py is no data set: it has no sample_questions")
+    return module
 
 
 def word_tokenizer(vocabulary: list[str]) -> Any:
@@ -129,6 +173,12 @@ def word_tokenizer(vocabulary: list[str]) -> Any:
     )
 
 
+def _check_known(what: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"preset: {what} has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
 def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
     """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
 
@@ -139,7 +189,12 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
     from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
     from htc_vlm.model.efficientnet_lite import EfficientNetLiteModel, load_imagenet_weights
 
+    absent = [key for key in ("vision", "text", "n_text") if key not in preset]
+    if absent:
+        raise ValueError(f"the preset has no {absent[0]!r}, which building a model from scratch needs; or give --start")
     vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
+    _check_known("vision", preset["vision"], vision.config.to_dict())
+    _check_known("text", preset["text"], LlamaConfig().to_dict())
     for name, value in preset["vision"].items():
         setattr(vision.config, name, value)
     vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})

@@ -24,12 +24,18 @@ def train_tokenizer_stage(preset: dict[str, Any], output: Path, data: Path | Non
     """Train on the preset's pictures, in the shares of its `data`; raises ValueError for unknown settings."""
     if data is not None:
         os.environ["HTC_VLM_DATA"] = str(data)
+    if "tokenizer" not in preset["stages"]:
+        raise ValueError(f"preset {preset.get('name')!r} has no stage 'tokenizer'; it has: {', '.join(preset['stages'])}")
     block = dict(preset["stages"]["tokenizer"])
-    size = int(block.pop("image_size"))
-    n_pictures = int(block.pop("n_pictures", N_PICTURES))
+    size, n_pictures = block.pop("image_size", None), block.pop("n_pictures", N_PICTURES)
+    if not isinstance(size, int) or not isinstance(n_pictures, int):
+        raise ValueError(f"image_size is {size!r}; give the pictures' side in pixels; n_pictures: a whole number")
     known = {field.name for field in fields(TokenizerTraining)}
     if unknown := sorted(set(block) - known):
         raise ValueError(f"unknown stage setting {unknown[0]!r}; known: image_size, n_pictures, {', '.join(sorted(known))}")
+    for setting in fields(TokenizerTraining):
+        if setting.name in block:
+            block[setting.name] = presets.typed(setting.name, block[setting.name], setting.type)
     parts = [presets.DataPart(**options) for options in preset["data"]]
     total = sum(part.share for part in parts)
     pictures = [_pictures(part.task, "train", round(n_pictures * part.share / total), size) for part in parts]
