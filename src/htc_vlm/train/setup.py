@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
-from htc_vlm.data.images import load_image
+from htc_vlm.data.images import ImageError
 from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
+from htc_vlm.model.answering import load_for_model
 from htc_vlm.train import presets
 from htc_vlm.train.features import FeatureCache, fill, meta_for
 from htc_vlm.train.loop import run
@@ -51,6 +52,7 @@ def train_stage(
     stage = _stage(preset, stage_name)
     block = preset["stages"][stage_name]
     settings = presets.loop_settings(block)
+    preset = {**preset, "n_text": block.get("n_text", preset.get("n_text"))}
     if data_root is not None:
         os.environ["HTC_VLM_DATA"] = str(data_root)
     model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed)
@@ -58,7 +60,7 @@ def train_stage(
         raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
     conversations = any(part.get("json") for part in preset["data"])
     if conversations:
-        data: Dataset = ConversationData(preset, processor)
+        data: Dataset = ConversationData(preset, processor, settings.seed, output / "pictures-checked.json")
     else:
         folder = cache or output.parent / "cache"
         data = PackedQuestions(
@@ -92,14 +94,17 @@ def _starting_model(
     preset: dict[str, Any], stage: Stage, block: dict[str, Any], start: str | None, mgvq: str | None, seed: int
 ) -> tuple[Any, Any]:
     from htc_vlm.model.convert import with_compressor
+    from htc_vlm.model.loading import find
 
     if start is None:
         if stage.compresses or "base" in preset:
             raise ValueError(f"stage {stage.name!r} starts from a trained checkpoint; give it with --start")
+        if block.get("compressor", {"name": "none"}) != {"name": "none"}:
+            raise ValueError(f"stage {stage.name!r} has a compressor, but a new model has none; give --start CHECKPOINT")
         return presets.build_tiny(preset, tower=os.environ.get("HTC_VLM_TOWER"), seed=seed)
     torch.manual_seed(seed)
     compressor = block.get("compressor", {"name": "none"})
-    return with_compressor(start, compressor, mgvq, dtype=torch.float32)
+    return with_compressor(find(start), compressor, mgvq, dtype=torch.float32)
 
 
 def _packed_length(preset: dict[str, Any], processor: Any) -> int:
@@ -119,6 +124,8 @@ def _sources(
         part = presets.DataPart(**options)
         curriculum = curricula.get(part.task, part.curriculum)
         module = presets.task_module(part.task)
+        if part.images < 1:
+            raise ValueError(f"{part.task}: empty data set: `images` is {part.images}; say how many to train on")
         ids = module.images("train")[: part.images]
         if len(ids) < part.images:
             raise ValueError(f"{part.task}: {part.images} images asked for, the training split has {len(ids)}")
@@ -178,19 +185,23 @@ def _asker(
 
 def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
     """A function: a batch -> the teacher's logits at the supervised tokens, in the same order as the student's."""
-    from htc_vlm.model import HtcVlmForConditionalGeneration
+    from htc_vlm.model.loading import load
+    from htc_vlm.model.modeling import sizes_of
 
-    teacher = HtcVlmForConditionalGeneration.from_pretrained(path).to(student.device).eval().requires_grad_(False)
+    teacher = load(path)[0].requires_grad_(False)
     if teacher.model.compressor.name != "none":
         raise ValueError(f"the teacher must be uncompressed, {path} uses {teacher.model.compressor.name!r}")
     image_id, bottleneck_id = student.config.image_token_id, student.config.bottleneck_token_id
-    n_patches = teacher.config.vision_config.n_patches
+    n_patches = sizes_of(teacher.config).n_patches
+    if teacher.config.text_config.vocab_size != student.config.text_config.vocab_size:
+        raise ValueError(f"the teacher {path} has another vocabulary than the student; distil from the same language model")
 
     @torch.no_grad()
     def teach(batch: dict[str, Tensor]) -> Tensor:
         ids, labels = batch["input_ids"], batch["labels"]
+        teacher.to(ids.device)
         is_image = (ids == image_id) | (ids == bottleneck_id)
-        n_image = int(is_image[0].sum())
+        n_image = student.model.compressor.n_visual(n_patches) + student.model.compressor.n_bottleneck
         if not bool((is_image[:, :n_image].all(1) & (is_image.sum(1) == n_image)).all()):
             raise ValueError("distillation needs exactly one image in front of each sample")
         prefix = ids.new_full((ids.shape[0], n_patches), image_id)
@@ -198,11 +209,13 @@ def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
         def swap(tensor: Tensor, value: int) -> Tensor:
             return torch.cat((torch.full_like(prefix, value), tensor[:, n_image:]), dim=1)
 
+        others = {name: batch[name] for name in ("patch_features", "pixel_values") if name in batch}
+        if "question_ids" in batch:
+            others["question_ids"] = swap(batch["question_ids"], 0)
         out = teacher(
             input_ids=torch.cat((prefix, ids[:, n_image:]), dim=1),
             attention_mask=swap(batch["attention_mask"], 1),
-            question_ids=swap(batch["question_ids"], 0),
-            patch_features=batch["patch_features"],
+            **others,
         )
         return out.logits[:, :-1][swap(labels, -100)[:, 1:] != -100]
 
@@ -224,19 +237,26 @@ def save_rounded(model: Any, processor: Any, folder: Path) -> None:
 
 
 class ConversationData(Dataset):
-    """LLaVA's conversation JSON with its images, processed when asked for: the way to train at real size."""
+    """LLaVA's conversation JSON with its images, processed when asked for: the way to train at real size.
 
-    def __init__(self, preset: dict[str, Any], processor: Any) -> None:
+    Shuffled once, by `seed`. Every picture is decoded before training starts, and all broken ones are named in one
+    ValueError; `checked` remembers that, so that a resumed run starts at once.
+    """
+
+    def __init__(self, preset: dict[str, Any], processor: Any, seed: int = 0, checked: Path | None = None) -> None:
         self.processor = processor
-        self.style: PromptStyle = STYLES[preset.get("prompt", "vicuna_v1")]
-        self.records: list[Record] = []
+        name = preset.get("prompt", "vicuna_v1")
+        if name not in STYLES:
+            raise ValueError(f"prompt is {name!r}; known: {', '.join(STYLES)}")
+        self.style: PromptStyle = STYLES[name]
+        records: list[Record] = []
         for options in preset["data"]:
             part = presets.DataPart(**options)
             if part.json is None:
                 raise ValueError("conversations and packed tasks cannot be mixed in one preset")
-            self.records += load_conversations(Path(part.json), Path(part.image_folder or "."))
-        if not self.records:
-            raise ValueError("empty data set: the conversation files hold no sample")
+            records += load_conversations(part.json, part.image_folder)
+        _refuse_broken(records, checked)
+        self.records = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -246,5 +266,26 @@ class ConversationData(Dataset):
         encoded = encode(record, self.processor.tokenizer, self.processor.image_text(), self.style)
         if not record.images:
             return Sample(encoded)
-        pictures = [load_image(path) for path in record.images]
-        return Sample(encoded, dict(self.processor.image_processor(pictures, return_tensors="pt")))
+        pictures = [load_for_model(path) for path in record.images]
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return Sample(encoded, {"pixel_values": pixels})
+
+
+def _refuse_broken(records: list[Record], checked: Path | None) -> None:
+    """ValueError that lists every picture that cannot be used, unless `checked` says that these files were good."""
+    files = sorted({image for record in records for image in record.images})
+    listing = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    key = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    if checked is not None and checked.exists() and json.loads(checked.read_text()) == key:
+        return
+    broken = []
+    for file in files:
+        try:
+            load_for_model(file)
+        except ImageError as error:
+            broken.append(str(error))
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(files)} pictures cannot be used; repair or remove them: {'; '.join(broken)}")
+    if checked is not None:
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.write_text(json.dumps(key) + "\n")
