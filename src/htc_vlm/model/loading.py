@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
@@ -34,14 +35,20 @@ def load(
     """
     folder = find(name_or_path)
     if compressor is not None:
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)} cannot be combined with compressor=...; load without, then convert")
         from htc_vlm.model.convert import with_compressor
 
         model, processor = with_compressor(folder, compressor, dtype=dtype)
         return model.eval(), processor
-    model, info = HtcVlmForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **kwargs
-    )
-    wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
+    try:
+        model, info = HtcVlmForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: damaged weights ({error}); copy or train the checkpoint again") from error
+    mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]]
+    wrong = sorted(mismatched) or sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
     if wrong:
         raise ValueError(
             f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`"
@@ -63,12 +70,14 @@ def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
-    """A folder as it is, or a shipped checkpoint by name. FileNotFoundError lists what there is."""
+    """A folder with a checkpoint as it is, or a shipped one by name. FileNotFoundError lists what there is."""
     path = Path(name_or_path)
-    if path.is_dir():
+    if (path / "config.json").is_file():
         return path
     if str(name_or_path) in shipped():
         return SHIPPED / str(name_or_path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{name_or_path}: holds no checkpoint (no config.json); training leaves one in OUTPUT/model")
     raise FileNotFoundError(
         f"{name_or_path}: no such folder, and no shipped checkpoint of that name; "
         f"shipped: {', '.join(shipped()) or 'none'}"
