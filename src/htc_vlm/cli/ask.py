@@ -40,11 +40,19 @@ def sort_words(words: list[str]) -> Request:
     >>> sort_words(["missing.png", "what is it ?"])
     Request(pictures=[PosixPath('missing.png')], questions=['what is it ?'])
     """
-    is_picture = [Path(word).suffix.lower() in SUFFIXES or Path(word).exists() for word in words]
+    is_picture = [Path(word).suffix.lower() in SUFFIXES or _exists(word) for word in words]
     return Request(
         [Path(word) for word, yes in zip(words, is_picture, strict=True) if yes],
         [word for word, yes in zip(words, is_picture, strict=True) if not yes],
     )
+
+
+def _exists(word: str) -> bool:
+    """Is there a file or folder of that name? A question may be longer than names can be, or empty (which means `.`)."""
+    try:
+        return bool(word) and Path(word).exists()
+    except OSError:
+        return False
 
 
 def check(request: Request, options: argparse.Namespace) -> None:
@@ -54,6 +62,13 @@ def check(request: Request, options: argparse.Namespace) -> None:
         raise ValueError(f"no picture given; {example}")
     if request.pictures and options.load is not None:
         raise ValueError("give pictures or --from FILE, not both")
+    if not all(question.strip() for question in request.questions):
+        raise ValueError(f"an empty question; {example}")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
+    for file in (options.save, options.heatmap):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{file}: its folder does not exist; create it first")
     if not request.questions and options.save is None and options.heatmap is None:
         raise ValueError(f"no question given; {example}")
     if options.heatmap is not None and options.load is not None:
@@ -66,20 +81,24 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     request = sort_words(options.words)
     check(request, options)
-    from htc_vlm.data.images import ImageError, load_image
+    from htc_vlm.data.images import ImageError
+    from htc_vlm.model.answering import load_for_model
 
     pictures, names, refused = [], [], []
     for path in request.pictures:
         try:
-            pictures.append(load_image(path))
+            pictures.append(load_for_model(path))
             names.append(str(path))
         except (ImageError, OSError) as error:
             refused.append({"picture": str(path), "error": " ".join(str(error).split())})
             print(f"htc-vlm ask: {refused[-1]['error']}", file=sys.stderr)
-    if not pictures and options.load is None:
-        return 2
-    report = answer(options, request.questions, pictures, names)
+    if pictures or options.load is not None:
+        report = answer(options, request.questions, pictures, names)
+    else:
+        report = {"model": str(options.model), "pictures": []}
     report["refused"] = refused
+    if not options.json and not report["pictures"]:
+        return 2
     print(json.dumps(report, indent=1) if options.json else as_text(report))
     return 2 if refused else 0
 
@@ -91,18 +110,19 @@ def answer(options: argparse.Namespace, questions: list[str], pictures: list[Any
 
     model, processor = load(options.model)
     answerer = Answerer(model, processor)
+    if (options.save or options.load or options.heatmap) and not model.model.compressor.n_bottleneck:
+        raise ValueError(f"model {options.model!r} has no bottleneck, which --save, --from and --heatmap need; use e.g. tiny")
     for question in questions:
         unknown = answerer.unknown_words(question)
         if unknown:
             print(f"htc-vlm ask: {options.model} has never seen the words: {', '.join(unknown)}", file=sys.stderr)
     if options.load is not None:
         encoded: Any = CompressedImages.load(options.load)
+        encoded.check_made_by(model.fingerprint())
         names = [f"{options.load.name}[{i}]" for i in range(len(encoded))]
     else:
         encoded = answerer.encode(pictures)
     if options.save is not None:
-        if not isinstance(encoded, CompressedImages):
-            raise ValueError(f"model {options.model!r} keeps no compressed pictures, so there is nothing to --save")
         encoded.save(options.save)
     rows = []
     for i, name in enumerate(names):
@@ -139,12 +159,13 @@ def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, rep
 
 def cost(answerer: Any, picture: Any, question: str, max_new_tokens: int, repeats: int) -> dict[str, Any]:
     """What one picture and one question cost this model."""
+    from htc_vlm.model.modeling import sizes_of
+
     model = answerer.model
     text = model.config.text_config
     compressor = model.model.compressor
-    n_patches = model.config.vision_config.n_patches if hasattr(model.config.vision_config, "n_patches") else None
+    n_patches = sizes_of(model.config).n_patches
     encoded = answerer.encode([picture])
-    n_patches = n_patches or encoded.shape[1]
     kept = compressor.cached_tokens(n_patches, text.num_hidden_layers)
     head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
     bytes_per_token = 2 * text.num_key_value_heads * head_dim * model.dtype.itemsize

@@ -19,15 +19,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files_of(paths: list[Path]) -> list[Path]:
-    """Folders replaced by the files in them, sorted."""
-    return [file for path in paths for file in (sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path])]
+    """Folders replaced by what is in them, sorted; folders inside stay, and are named as left out when they are read."""
+    return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 
 def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import CompressedImages, load
-    from htc_vlm.data.images import ImageError, load_image
-    from htc_vlm.model.answering import Answerer
+    from htc_vlm.data.images import ImageError
+    from htc_vlm.model.answering import Answerer, load_for_model
+
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
+    if not options.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{options.output}: its folder does not exist; create it first")
 
     model, processor = load(options.model)
     if not model.model.compressor.n_bottleneck:
@@ -39,7 +44,7 @@ def run(argv: list[str]) -> int:
     n_refused = 0
     for file in files_of(options.pictures):
         try:
-            batch.append(load_image(file))
+            batch.append(load_for_model(file))
             names.append(str(file))
         except (ImageError, OSError) as error:
             n_refused += 1

@@ -18,9 +18,9 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import load
     from htc_vlm.analysis import heatmap
-    from htc_vlm.data.images import load_image
+    from htc_vlm.model.answering import load_for_model
 
-    pictures = [load_image(path) for path in options.pictures]
+    pictures = [load_for_model(path) for path in options.pictures]
     model, processor = load(options.model)
     heatmap.draw(model, processor, pictures, [path.name for path in options.pictures], options.output)
     print(options.output)
