@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
@@ -33,7 +35,25 @@ def load(
     compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
     lower bound). kwargs go to from_pretrained. FileNotFoundError, or ValueError where weights and settings do not fit.
     """
-    folder = find(name_or_path)
+    with _without_progress_bars():
+        return _load(find(name_or_path), compressor, dtype, kwargs)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar even for a checkpoint that loads at once."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(
+    folder: Path, compressor: Mapping[str, Any] | None, dtype: torch.dtype | str, kwargs: dict[str, Any]
+) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
     if compressor is not None:
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)} cannot be combined with compressor=...; load without, then convert")

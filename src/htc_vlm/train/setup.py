@@ -209,7 +209,7 @@ def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
         def swap(tensor: Tensor, value: int) -> Tensor:
             return torch.cat((torch.full_like(prefix, value), tensor[:, n_image:]), dim=1)
 
-        others = {name: batch[name] for name in ("patch_features", "pixel_values") if name in batch}
+        others: dict[str, Tensor] = {name: batch[name] for name in ("patch_features", "pixel_values") if name in batch}
         if "question_ids" in batch:
             others["question_ids"] = swap(batch["question_ids"], 0)
         out = teacher(
@@ -232,6 +232,9 @@ def save_rounded(model: Any, processor: Any, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
+    config.pop("use_cache", None)  # Trainer's own setting, which would make generate slow
+    for part in (config, config["vision_config"], config["text_config"]):
+        part.pop("_name_or_path", None)  # where the weights once lay
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     processor.save_pretrained(folder)
 
