@@ -103,11 +103,13 @@ def rows(model: HtcVlmForConditionalGeneration) -> list[list[int]]:
 N_IMAGES = (2, 0, 1)  # of `rows`
 
 
-def batch(prompts: Sequence[Sequence[int]], n_extra: int = 0) -> dict[str, Tensor]:
-    """Left-padded input_ids and attention_mask; n_extra more columns of padding than needed."""
+def batch(prompts: Sequence[Sequence[int]], n_extra: int = 0, side: str = "left") -> dict[str, Tensor]:
+    """Padded input_ids and attention_mask; n_extra more columns of padding than needed."""
     length = max(map(len, prompts)) + n_extra
-    ids = [[PAD] * (length - len(row)) + list(row) for row in prompts]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in prompts]
+    gaps = [length - len(row) for row in prompts]
+    before = [gap if side == "left" else 0 for gap in gaps]
+    ids = [[PAD] * n + list(row) + [PAD] * (gap - n) for row, gap, n in zip(prompts, gaps, before, strict=True)]
+    mask = [[0] * n + [1] * len(row) + [0] * (gap - n) for row, gap, n in zip(prompts, gaps, before, strict=True)]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 

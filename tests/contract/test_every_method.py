@@ -52,9 +52,7 @@ def test_the_cache_holds_what_cached_tokens_promises(case: Case) -> None:
     model, text = case.model, [5, 6, 7]
     inputs = batch([[*image_ids(model), *text]])
     n_new = 2
-    out = model.generate(
-        **inputs, pixel_values=pixels(1), max_new_tokens=n_new, do_sample=False, return_dict_in_generate=True
-    )
+    out = model.generate(**inputs, pixel_values=pixels(1), max_new_tokens=n_new, do_sample=False, return_dict_in_generate=True)
     kept = [layer.keys.shape[2] - len(text) - (n_new - 1) for layer in out.past_key_values.layers]
     assert kept == model.model.compressor.cached_tokens(N_PATCHES, N_LAYERS)
 
@@ -84,6 +82,23 @@ def test_left_padding_changes_nothing(case: Case) -> None:
     model, images = case.model, pixels(3)
     expected = text_logits(model, batch(rows(model)), pixel_values=images)
     assert_close(text_logits(model, batch(rows(model), n_extra=5), pixel_values=images), expected)
+
+
+def test_right_padding_changes_nothing(case: Case) -> None:
+    """The training collator pads on the right; rows that see nothing at all turn into NaN and spread."""
+    model, images = case.model, pixels(3)
+    prompts = rows(model)
+    expected = text_logits(model, batch(prompts), pixel_values=images)
+    assert_close(text_logits(model, batch(prompts, n_extra=3, side="right"), pixel_values=images), expected)
+
+
+def test_a_missing_attention_mask_means_no_padding(case: Case) -> None:
+    """transformers may read packed sequences out of the positions where no mask is given."""
+    model, prompt = case.model, batch([rows(case.model)[0]])
+    expected = text_logits(model, prompt, pixel_values=pixels(2))
+    with torch.no_grad():
+        logits = model(input_ids=prompt["input_ids"], pixel_values=pixels(2)).logits
+    assert_close([logits[tinies.is_text(prompt)]], expected)
 
 
 def test_no_image_and_two_images_work(case: Case) -> None:

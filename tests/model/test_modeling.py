@@ -59,6 +59,21 @@ def test_pixels_are_denormalised_with_the_numbers_of_the_config() -> None:
     assert model.model.denormalise(given).equal(expected)
 
 
+@pytest.mark.parametrize("compressor", [{"name": "none"}, VOCO, HTC], ids=lambda value: value["name"])
+@torch.no_grad()
+def test_half_precision_works(compressor: dict[str, Any]) -> None:
+    """A float32 mask, mean or code among bfloat16 weights stops the model on the first GPU."""
+    model, full = build(compressor).to(torch.bfloat16), shared(compressor)
+    inputs = batch(tinies.rows(model))
+    expected = tinies.text_logits(full, inputs, pixel_values=pixels(3))
+    found = tinies.text_logits(model, inputs, pixel_values=pixels(3).to(torch.bfloat16))
+    assert all((a - b.float()).abs().mean() < 0.5 for a, b in zip(expected, found, strict=True))
+    out = model.generate(**inputs, pixel_values=pixels(3), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    if model.model.compressor.n_bottleneck:
+        assert model.compress(pixel_values=pixels(3)).cells.dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------------ packed questions
 @pytest.mark.parametrize("compressor", [{"name": "none"}, VOCO, {**HTC, "positions": "compact"}], ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

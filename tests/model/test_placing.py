@@ -84,6 +84,7 @@ def test_padding_tokens_that_look_like_placeholders_are_ignored() -> None:
         ({"rows": [[5], [6]], "n_images": 3}, "2 prompts without image placeholders and 3 images"),
         ({"rows": [[B, B, B, 5]], "n_images": 1, "n_bottleneck": 2}, "has 3 bottleneck tokens, each image has 2"),
         ({"rows": [[5, B, 6], [B]], "n_images": 2}, "prompt 1 has no text"),
+        ({"rows": [[B, 5], [5, B]], "n_images": 2}, "prompt 1 ends with an image"),
     ],
 )
 def test_what_does_not_add_up_is_refused(arguments: dict[str, Any], message: str) -> None:

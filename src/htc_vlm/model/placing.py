@@ -81,6 +81,9 @@ def place(
         interleaved |= sample_interleaved
     if not all(texts):
         raise ValueError(f"prompt {[bool(text) for text in texts].index(False)} has no text; ask something")
+    ends = [row[-1] == bottleneck_token_id for row in rows]
+    if any(ends):  # what follows would have to come from the image's own output, which is not cached
+        raise ValueError(f"prompt {ends.index(True)} ends with an image; put the question, or a word of it, after the image")
     image, slot_position, is_slot = _left_padded(slots)
     text_ids, text_position, text_mask = _left_padded(texts)
     device = input_ids.device
