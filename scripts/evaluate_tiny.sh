@@ -4,10 +4,10 @@
 set -euo pipefail
 model=$1 output=$2
 shift 2
-htc-vlm eval "$model" --task pictograms --split test --output "$output" --data "$DATA" --batch-size 96 "$@"
-htc-vlm eval "$model" --task pictograms --split test-unseen --output "$output" --data "$DATA" --batch-size 96 "$@"
-htc-vlm eval "$model" --task easy-vqa --output "$output" --data "$DATA" --batch-size 96 "$@"
-htc-vlm eval "$model" --task fashion-mnist --limit 4000 --output "$output" --data "$DATA" --batch-size 96 "$@"
+htc-vlm eval "$model" --task pictograms --split test --output "$output" --data "$DATA" --batch-size 192 "$@"
+htc-vlm eval "$model" --task pictograms --split test-unseen --output "$output" --data "$DATA" --batch-size 192 "$@"
+htc-vlm eval "$model" --task easy-vqa --output "$output" --data "$DATA" --batch-size 192 "$@"
+htc-vlm eval "$model" --task fashion-mnist --limit 2000 --output "$output" --data "$DATA" --batch-size 192 "$@"
 kept=results/tiny/$(basename "$output")
 mkdir -p "$kept"
 for folder in "$output"/*/; do
