@@ -38,10 +38,11 @@ def compressor_options(name: str, settings: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {"name": name}
     for text in settings:
         key, equals, value = text.partition("=")
-        first, *parents, last = [None, *key.split(".")] if "." not in key else key.split(".")
-        if not equals or first != "compressor":
+        first, *rest = key.split(".")
+        if not equals or first != "compressor" or not rest:
             raise ValueError(f"--set {text!r}: write compressor.KEY=VALUE, e.g. compressor.n_anchors=8")
         node = options
+        *parents, last = rest
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = yaml.safe_load(value)
