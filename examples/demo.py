@@ -35,7 +35,7 @@ def main() -> int:
         picture = out / f"{Path(name).stem}-attention.png"
         ask.run([str(HERE / name), *questions, "--verbose", "--heatmap", str(picture)])
         print(f"  attention of the bottleneck token: {picture}\n")
-    print("The photo is unlike all that the tiny model was trained on (pictograms, shapes, small grey clothes): expect guesses.")
+    print("The photo is unlike all that the tiny model has seen (pictograms, shapes, small grey clothes): expect guesses.")
     return 0
 
 

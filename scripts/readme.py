@@ -31,7 +31,8 @@ def table() -> str:
         files = {name: result(model, split) for model, name in ROWS.items()}
         some = next(iter(files.values()))
         columns = {name: file["metrics"] for name, file in files.items()}
-        columns |= {"knows what, not where": some["baselines"]["bag of things"], "question only": some["baselines"]["question only"]}
+        blind = some["baselines"]
+        columns |= {"knows what, not where": blind["bag of things"], "question only": blind["question only"]}
         lines += [f"**{title}**, {some['n_questions']:,} questions about {some['n_images']:,} new scenes", ""]
         lines += ["| | " + " | ".join((*KINDS, "all")) + " |", "|---|" + "---:|" * (len(KINDS) + 1)]
         for name, metrics in columns.items():
@@ -55,7 +56,7 @@ def others() -> str:
     cells = [blind_easy["score"], blind_easy["yes/no"], blind_easy["open"], blind_fashion["open"]]
     lines.append("| question only | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
     n_fashion = fashion["n_questions"] // 2
-    lines += ["", f"easy-VQA: all {easy['n_questions']:,} questions. Fashion-MNIST: the first {n_fashion:,} pictures of the official test."]
+    lines += ["", f"easy-VQA: all {easy['n_questions']:,} questions. Fashion-MNIST: the first {n_fashion:,} official test pictures."]
     return "\n".join(lines)
 
 
@@ -90,7 +91,8 @@ def draw(file: Path) -> None:
             axes.plot([x - 0.42, x + 0.42], [baselines[key][kind]] * 2, style, color="#c1440e", linewidth=1.4,
                       label=label if x == 0 else None)  # fmt: skip
     axes.set_xticks(range(len(KINDS)), KINDS)
-    axes.set(ylim=(0, 101), ylabel="right answers, %", title="What one cached token keeps of a picture: new scenes, by kind of question")
+    title = "What one cached token keeps of a picture: new scenes, by kind of question"
+    axes.set(ylim=(0, 101), ylabel="right answers, %", title=title)
     axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.09), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
