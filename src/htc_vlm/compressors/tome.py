@@ -102,21 +102,22 @@ class Tome(AppliedOnly):
 
     def merge_features(self, images: ImageFeatures) -> tuple[Tensor, TokenMerge]:
         """Rounds of matching on the features, each halving them at most -> (B, C, width) and what went where."""
-        features, metric = images.features, images.features
+        dtype = images.features.dtype
+        features = metric = images.features.float()  # sizes above 256 have no place in bfloat16
         if self.reads_tower:
             if images.tower is None:
                 raise ValueError("tome: the tower's keys are not known; use compressors.apply, or metric='features'")
-            metric = images.tower.keys
+            metric = images.tower.keys.float()
         n_patches, size = features.shape[1], None
         self.n_visual(n_patches)
         merges = self.settings.merges
         merged = bipartite_soft_matching(metric, 0)
         for r in halving_list(n_patches, self.n_keep) if merges is None else merges:
             matching = bipartite_soft_matching(metric, r)
-            metric, _ = matching.merge(metric, None if size is None else size.to(metric.dtype))
+            metric, _ = matching.merge(metric, size)
             features, size = matching.merge(features, size)
             merged = merged.then(matching)
-        return features, merged
+        return features.to(dtype), merged
 
 
 def in_raster_order(features: Tensor, merged: TokenMerge) -> Tensor:

@@ -24,22 +24,20 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from htc_vlm.compressors import Compressor, Drop, Keep, Merge, Seen
+from htc_vlm.compressors import Compressor, Drop
+from htc_vlm.model.rows import (
+    QueryRows,
+    Rows,
+    first_rows,
+    image_columns,
+    last_position,
+    provenance,
+    see,
+    shrink,
+)
 from htc_vlm.ops.select import gather_tokens, pack_left_padded
-from htc_vlm.tokens import PADDING, TEXT, VISUAL, TokenLayout
 
 DECODERS = (LlamaModel, MistralModel, Qwen2Model)  # one layer loop, one form of attention
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The sequence that enters a layer."""
-
-    states: Tensor  # (B, N, D)
-    is_real: Tensor  # (B, N) bool, not padding
-    image: Tensor  # (B, N), 1, 2, ... through the whole batch; 0 = not visual
-    is_query: Tensor  # (B, N) bool, its attention decides
-    position: Tensor  # (B, N)
 
 
 @dataclass(frozen=True)
@@ -99,15 +97,11 @@ class Dropping(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"{run.method.name} masks by itself; give a 2-D attention_mask, got {attention_mask.ndim}-D"
-            )
+            raise ValueError(f"{run.method.name} masks by itself; give a 2-D attention_mask, got {attention_mask.ndim}-D")
         arguments = (inputs_embeds, attention_mask, position_ids, past_key_values)
         if image is None or past is not None:
             if image is not None:
-                raise ValueError(
-                    f"{run.method.name}: images after a cached prompt; give the whole conversation at once"
-                )
+                raise ValueError(f"{run.method.name}: images after a cached prompt; give the whole conversation at once")
             return self._continue(*arguments, past=past, **kwargs)
         return self._prefill(*arguments, use_cache=use_cache, image=image, prompt_length=prompt_length, **kwargs)
 
@@ -141,9 +135,10 @@ class Dropping(nn.Module):
             if index == 0 or index in drops:
                 mask, rotary = self._mask(index, rows.states, rows.is_real, cache), self._rotary(rows)
                 shift = last_position(first) - last_position(rows)
+                n_now = image_columns(rows).shape[1]
             log.is_real.append(rows.is_real)
             log.shift.append(shift)
-            log.schedule.append(image_columns(rows).shape[1])
+            log.schedule.append(n_now)
             previous = rows
             leaving = self._layer(layer, rows.states, mask, rotary, cache, kwargs)
             rows = replace(rows, states=leaving)
@@ -208,9 +203,7 @@ class Dropping(nn.Module):
             layer_idx=index,
         )
 
-    def _layer(
-        self, layer: Any, states: Tensor, mask: Any, rotary: Any, cache: Cache | None, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _layer(self, layer: Any, states: Tensor, mask: Any, rotary: Any, cache: Cache | None, kwargs: dict[str, Any]) -> Tensor:
         return layer(
             states,
             attention_mask=mask,
@@ -304,103 +297,3 @@ class RunLog:
         self.is_real: list[Tensor] = []
         self.shift: list[Tensor] = []
         self.schedule: list[int] = []
-
-
-@dataclass(frozen=True)
-class QueryRows:
-    """attention (B, H, R, N), is_row (B, R), position (B, R) of the tokens whose attention decides."""
-
-    attention: Tensor
-    is_row: Tensor
-    position: Tensor
-
-
-def first_rows(
-    method: Compressor,
-    states: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    image: Tensor,
-    prompt_length: int | None,
-) -> Rows:
-    """The prompt as it enters layer 0."""
-    batch, n = states.shape[:2]
-    ones = torch.ones(batch, n, dtype=torch.bool, device=states.device)
-    is_real = ones if attention_mask is None else attention_mask.bool()
-    if position_ids is None:
-        position_ids = torch.arange(n, device=states.device)[None]
-    n_prompt = n if prompt_length is None else prompt_length
-    kind = torch.where(image > 0, VISUAL, TEXT).masked_fill(~is_real, PADDING)
-    layout = TokenLayout.from_kind(kind[:, :n_prompt])
-    is_query = torch.zeros_like(is_real)
-    is_query[:, :n_prompt] = method.queries(states[:, :n_prompt], layout)
-    return Rows(states, is_real, image, is_query, position_ids.expand(batch, -1))
-
-
-def image_columns(rows: Rows) -> Tensor:
-    """(I, n_now): where the visual tokens of each image are, counted through the flattened batch."""
-    image = rows.image.flatten()
-    place = image.nonzero().squeeze(1)
-    return place[image[place].argsort(stable=True)].view(int(image.max()), -1)
-
-
-def last_position(rows: Rows) -> Tensor:
-    """(B,), the position of each sample's last token."""
-    column = torch.arange(rows.is_real.shape[1], device=rows.position.device).masked_fill(~rows.is_real, -1)
-    return rows.position.gather(1, column.argmax(dim=1, keepdim=True)).squeeze(1)
-
-
-def see(found: QueryRows, rows: Rows, columns: Tensor, n_patches: int, inv_freq: Tensor) -> Seen:
-    """What a method is shown of each image."""
-    n = rows.is_real.shape[1]
-    sample, place = columns[:, 0] // n, columns % n  # (I,), (I, n_now)
-    attention = found.attention[sample]  # (I, H, R, N)
-    attention = attention.gather(3, place[:, None, None].expand(*attention.shape[:3], -1))
-    position = rows.position.flatten()[columns]
-    return Seen(
-        n_patches=n_patches,
-        attention=attention,
-        is_row=found.is_row[sample],
-        states=rows.states.flatten(0, 1)[columns],
-        distance=found.position[sample][..., None] - position[:, None],
-        inv_freq=inv_freq,
-    )
-
-
-def shrink(rows: Rows, decision: Keep | Merge, columns: Tensor, renumber: bool) -> Rows:
-    """The sequence without the visual tokens that leave; merged ones take the first places of their image."""
-    batch, n, width = rows.states.shape
-    states = rows.states
-    if isinstance(decision, Keep):
-        stay = columns.gather(1, decision.positions)
-    elif not renumber:
-        raise ValueError("merged tokens have no position of their own; use Merge with Drop(renumber=True)")
-    else:
-        stay = columns[:, : decision.weights.shape[1]]
-        flat = states.reshape(batch * n, width)
-        merged = (decision.weights.float() @ flat[columns].float()).to(states.dtype)
-        states = flat.index_copy(0, stay.flatten(), merged.flatten(0, 1)).view(batch, n, width)
-    is_kept = rows.is_real.flatten().clone()
-    is_kept[columns.flatten()] = False
-    is_kept[stay.flatten()] = True
-    packed = pack_left_padded(is_kept.view(batch, n))
-    if renumber:
-        position = packed.is_real.long().cumsum(dim=1).sub(1).clamp(min=0)
-    else:
-        position = rows.position.gather(1, packed.index)
-    return Rows(
-        states=gather_tokens(states, packed.index),
-        is_real=packed.is_real,
-        image=rows.image.gather(1, packed.index) * packed.is_real,
-        is_query=rows.is_query.gather(1, packed.index) & packed.is_real,
-        position=position,
-    )
-
-
-def provenance(source: Tensor, decision: Keep | Merge) -> Tensor:
-    """source (P, P) or (I, n_before, P) -> (I, n_now, P): the share of each patch's place in each token."""
-    if isinstance(decision, Merge):
-        return decision.weights @ source
-    if source.ndim == 2:
-        return source[decision.positions]
-    return gather_tokens(source, decision.positions)
