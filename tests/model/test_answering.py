@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from htc_vlm.data.images import ImageError
-from htc_vlm.model.answering import Answerer, load_for_model
+from htc_vlm.data.images import ImageError, load_for_model
+from htc_vlm.model.answering import Answerer
 
 from .. import tiny_runs as tiny
 

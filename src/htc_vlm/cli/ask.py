@@ -81,8 +81,7 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     request = sort_words(options.words)
     check(request, options)
-    from htc_vlm.data.images import ImageError
-    from htc_vlm.model.answering import load_for_model
+    from htc_vlm.data.images import ImageError, load_for_model
 
     pictures, names, refused = [], [], []
     for path in request.pictures:

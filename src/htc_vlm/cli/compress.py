@@ -26,8 +26,8 @@ def files_of(paths: list[Path]) -> list[Path]:
 def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import CompressedImages, load
-    from htc_vlm.data.images import ImageError
-    from htc_vlm.model.answering import Answerer, load_for_model
+    from htc_vlm.data.images import ImageError, load_for_model
+    from htc_vlm.model.answering import Answerer
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")

@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import load
     from htc_vlm.analysis import heatmap
-    from htc_vlm.model.answering import load_for_model
+    from htc_vlm.data.images import load_for_model
 
     pictures = [load_for_model(path) for path in options.pictures]
     model, processor = load(options.model)

@@ -54,6 +54,17 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXEL
         raise ImageError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
+def load_for_model(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """`load_image`; ImageError also for a thin picture that, padded to a square as LLaVA does, would fill the memory."""
+    picture = load_image(path)
+    side = max(picture.size)
+    if side * side > max_pixels:
+        raise ImageError(
+            f"{path}: {picture.width} x {picture.height} pixels, padded to a square, exceed {max_pixels:,}; crop it"
+        )
+    return picture
+
+
 def from_bytes(data: bytes, name: str = "picture", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """`load_image` for a picture in memory; `name` takes the path's place in messages."""
     return _decode(io.BytesIO(data), name, max_pixels)

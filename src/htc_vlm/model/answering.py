@@ -7,7 +7,6 @@ Differs: nothing known.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,21 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, load_image
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
-
-
-def load_for_model(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """`load_image`; ImageError also for a thin picture that, padded to a square as LLaVA does, would fill the memory."""
-    picture = load_image(path)
-    side = max(picture.size)
-    if side * side > max_pixels:
-        raise ImageError(
-            f"{path}: {picture.width} x {picture.height} pixels, padded to a square, exceed {max_pixels:,}; crop it"
-        )
-    return picture
 
 
 class AskLike(Protocol):

@@ -21,9 +21,8 @@ from torch.utils.data import Dataset
 
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
-from htc_vlm.data.images import ImageError
+from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
-from htc_vlm.model.answering import load_for_model
 from htc_vlm.train import presets
 from htc_vlm.train.features import FeatureCache, fill, meta_for
 from htc_vlm.train.loop import run
