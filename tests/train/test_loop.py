@@ -68,10 +68,12 @@ def start_and_kill(arguments: list[str], output: Path, after: int, delay_s: floa
     """Train in a process of its own; SIGKILL it `delay_s` after it came `after` steps further. Its exit code."""
     goal = n_logged(output) + after
     command_line = [sys.executable, "-c", tiny.RUN, *arguments]
-    process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output.mkdir(exist_ok=True)
+    with (output / "stderr").open("w") as errors:
+        process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=errors)
     deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and n_logged(output) < goal and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.002 if n_logged(output) else 0.05)
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     return process.wait()
@@ -81,7 +83,7 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(tmp_path: Path) -
     """SIGKILL gives no chance to tidy up; optimizer, schedule, data order and metrics must all go on where they were."""
     output = tmp_path / "run"
     arguments = tiny.train_arguments(preset_file(tmp_path), "compress", output)
-    assert start_and_kill(arguments, output, after=SAVE_EVERY + 3) == -signal.SIGKILL
+    assert start_and_kill(arguments, output, after=SAVE_EVERY + 3) == -signal.SIGKILL, (output / "stderr").read_text()
     assert 0 < n_logged(output) < STEPS and not (output / "model").exists()
     assert command.run(arguments) == 0
     report = json.loads((output / "report.json").read_text())
