@@ -8,21 +8,21 @@ from pathlib import Path
 from htc_vlm.cli import ask
 
 HERE = Path(__file__).parent / "pictures"
-QUESTIONS = {
-    "scene.png": [
-        "what is at the top left ?",
-        "what kind of thing is at the top right ?",
-        "what colour is behind the bottom left ?",
-        "is there a mammal ?",
-        "what pattern is the background ?",
-    ],
-    "chelsea.jpg": [
-        "is there a cat ?",
-        "is there a mammal ?",
-        "how many things are there ?",
-        "what kind of thing is at the top left ?",
-        "is there a vehicle ?",
-    ],
+QUESTIONS = {  # question: the right answer
+    "scene.png": {
+        "what pattern is the background ?": "dots",
+        "what colour is the background ?": "brown",
+        "how many things are there ?": "four",
+        "what is at the top left ?": "sunflower",
+        "what colour is behind the bottom left ?": "purple",
+    },
+    "chelsea.jpg": {
+        "is there a cat ?": "yes",
+        "is there a mammal ?": "yes",
+        "how many things are there ?": "one",
+        "what colour is the background ?": "brown",
+        "is there a vehicle ?": "no",
+    },
 }
 
 
@@ -34,6 +34,7 @@ def main() -> int:
     for name, questions in QUESTIONS.items():
         picture = out / f"{Path(name).stem}-attention.png"
         ask.run([str(HERE / name), *questions, "--verbose", "--heatmap", str(picture)])
+        print(f"  right would be: {', '.join(questions.values())}")
         print(f"  attention of the bottleneck token: {picture}\n")
     print("The photo is unlike all that the tiny model has seen (pictograms, shapes, small grey clothes): expect guesses.")
     return 0
