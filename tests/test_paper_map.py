@@ -1,6 +1,7 @@
 """What the pages in docs/ say about the code is there: files, names in them, links; the paper map leaves nothing out.
 
-Code is named in backticks as `path::name` or `path`, from src/htc_vlm or from the root of the repository.
+Code is named in backticks as `path::name` or `path`, from src/htc_vlm or from the root of the repository. A bare
+`report.json` is no such name: it is a file that a run writes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 ROOTS = (REPO / "src" / "htc_vlm", REPO)
 MAP = REPO / "docs" / "paper-map.md"
 PAGES = [*sorted((REPO / "docs").glob("*.md")), REPO / "CONTRIBUTING.md"]
-CODE = re.compile(r"`(?P<path>[\w./-]+\.(?:py|yaml|json|md))(?:::(?P<name>[\w.]+))?`")
+CODE = re.compile(r"`(?P<path>[\w./-]+\.py|[\w./-]+/[\w.-]+\.(?:yaml|json|md))(?:::(?P<name>[\w.]+))?`")
 LINK = re.compile(r"\]\((?P<target>[^)#:]+)(?:#[^)]*)?\)")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 PAPER = [
@@ -90,4 +91,4 @@ def test_a_wrong_reference_is_found() -> None:
     assert wrong("ops/masks.py::invisible") == "ops/masks.py has no invisible"
     assert wrong("ops/masks.py::visible") is None
     assert wrong("compressors/htc.py::HtcSettings.n_anchors") is None
-    assert references("see `a/b.py::C.d`, `e.yaml`\n```python\n`x.py`\n```\n") == ["a/b.py::C.d", "e.yaml"]
+    assert references("see `a/b.py::C.d`, `e/f.yaml`, `report.json`\n```python\n`x.py`\n```\n") == ["a/b.py::C.d", "e/f.yaml"]
