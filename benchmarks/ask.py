@@ -56,13 +56,18 @@ def main() -> int:
     questions, which = [question] * options.batch, list(range(options.batch))
     pictures = [pictograms.picture(f"test/{i}") for i in which]
     cells, features = compressed.encode(pictures), plain.encode(pictures)
-    text = processor.tokenizer([compressed.prompt(question, with_image=False)] * options.batch, return_tensors="pt")
-    ids = {name: text[name] for name in ("input_ids", "attention_mask")}
+
+    def text_only() -> object:
+        """The same question without an image, written and tokenised anew as the other two are."""
+        prompts = [compressed.prompt(one, with_image=False) for one in questions]
+        text = processor.tokenizer(prompts, return_tensors="pt", padding=True)
+        ids = {name: text[name] for name in ("input_ids", "attention_mask")}
+        return twin.generate(**ids, max_new_tokens=1, do_sample=False)
 
     times = time_in_turn(
         {
             "from_cache": lambda: compressed.generate_ids(cells, which, questions, 1),
-            "text_only": lambda: twin.generate(**ids, max_new_tokens=1, do_sample=False),
+            "text_only": text_only,
             "uncompressed": lambda: plain.generate_ids(features, which, questions, 1),
             "compress": lambda: compressed.encode(pictures),
             "encode_uncompressed": lambda: plain.encode(pictures),

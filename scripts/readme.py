@@ -83,8 +83,8 @@ def draw(file: Path) -> None:
     baselines = files[ROWS["tiny"]]["baselines"]
     figure, axes = plt.subplots(figsize=(10, 3.9), layout="constrained")
     colours = dict(zip(ROWS.values(), ("#9fb8d4", "#1f5fa8", "#d0d4da"), strict=True))
-    for i, (name, file) in enumerate(files.items()):
-        heights = [file["metrics"][kind] for kind in KINDS]
+    for i, (name, numbers) in enumerate(files.items()):
+        heights = [numbers["metrics"][kind] for kind in KINDS]
         axes.bar([x + 0.27 * (i - 1) for x in range(len(KINDS))], heights, 0.26, color=colours[name], label=name)
     for x, kind in enumerate(KINDS):
         for key, style, label in (("bag of things", "-", "knows what, not where"), ("question only", ":", "question only")):
@@ -122,11 +122,11 @@ BLOCKS = {"table": table, "others": others, "speed": speed, "methods": methods}
 def rebuilt(text: str) -> str:
     """README text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
         content = make()
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
+        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
     return text
 
 
