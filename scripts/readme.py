@@ -56,7 +56,8 @@ def others() -> str:
     cells = [blind_easy["score"], blind_easy["yes/no"], blind_easy["open"], blind_fashion["open"]]
     lines.append("| question only | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
     n_fashion = fashion["n_questions"] // 2
-    lines += ["", f"easy-VQA: all {easy['n_questions']:,} questions. Fashion-MNIST: the first {n_fashion:,} official test pictures."]
+    n_easy = easy["n_questions"]
+    lines += ["", f"easy-VQA: all {n_easy:,} questions. Fashion-MNIST: the first {n_fashion:,} official test pictures."]
     return "\n".join(lines)
 
 

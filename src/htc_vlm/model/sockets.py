@@ -1,4 +1,4 @@
-"""Where our masks and caches meet transformers' internals; the only file that touches them.
+"""Where our masks and caches meet transformers' internals (`apply` meets them in dropping.py and tower_sockets.py).
 
 Source:  transformers 5.23: masking_utils.create_causal_mask, LlamaModel, DynamicCache (read and tested).
 Differs: nothing is patched: masks go in ready-made, caches are built from tensors.
