@@ -74,7 +74,7 @@ class PackedQuestions(Dataset):
         encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
         images = {"patch_features": source.cache.get([image]).float()}
         if source.codes is not None:
-            images["image_codes"] = torch.from_numpy(source.codes[image : image + 1]).float()
+            images["image_codes"] = torch.from_numpy(source.codes[image : image + 1].astype(np.float32))
         return Sample(encoded, images)
 
     def _fitting(self, turns: list[Turn]) -> list[Turn]:
