@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_count
+from htc_vlm.ops.select import keep_random
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,5 @@ class RandomDrop(Compressor):
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
         n_patches = images.features.shape[1]
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        places = torch.randperm(n_patches, generator=generator)[: self.n_visual(n_patches)].sort().values
+        places = keep_random(n_patches, self.n_visual(n_patches), self.settings.seed)
         return images.project(images.features[:, places.to(images.features.device)])
