@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig, StaticCache
 
-from htc_vlm import HtcVlmConfig, HtcVlmForConditionalGeneration, compressors
+from htc_vlm import HtcVlmConfig, HtcVlmForConditionalGeneration, compressors, load
 
 N_NEW = 5
 INSIDE = {
@@ -401,3 +401,13 @@ def test_caches_that_cannot_hold_layers_of_different_length_are_refused(llava: A
             llava(**inputs, past_key_values=pruned)
     with applied(llava, "fastv"), pytest.raises(ValueError, match="continue inside the `with` block"):
         llava(torch.tensor([[5]]), past_key_values=pruned)
+
+
+def test_a_tower_without_a_class_token_has_no_patch_too_many() -> None:
+    """`full` once counted a class token for every tower, so 37 of tiny-upper's 36 patches were accepted."""
+    model, _ = load("tiny-upper")
+    with (
+        pytest.raises(ValueError, match="n_keep is 37; there are only 36"),
+        compressors.apply(model, "random_drop", n_keep=37),
+    ):
+        pass

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from htc_vlm import compressors
 from htc_vlm.compressors import AppliedOnly, Compressor
 from htc_vlm.model import dropping, tower_sockets
+from htc_vlm.model.configuration import n_patches
 from htc_vlm.model.dropping import DropRun
 from htc_vlm.model.tower_sockets import TowerRun
 from htc_vlm.ops.select import pack_left_padded
@@ -90,7 +91,7 @@ def apply(model: LlavaForConditionalGeneration, name: str, **settings: Any) -> I
     method = compressors.build(name, **settings)
     check(model, method)
     llava = model.model
-    applied = Applied(method, n_patches(llava), len(llava.language_model.layers), llava)
+    applied = Applied(method, n_patches(llava.config), len(llava.language_model.layers), llava)
     swaps = plan_swaps(model, applied)
     classes = [type(module) for module, _, _ in swaps]
     try:
@@ -138,14 +139,7 @@ def check(model: Any, method: Compressor) -> None:
             f"{method.name} has weights or a bottleneck token that must be trained; load a checkpoint that has them "
             "(htc_vlm.load), apply is for methods without"
         )
-    method.schedule(n_patches(model.model), len(model.model.language_model.layers))
-
-
-def n_patches(llava: LlavaModel) -> int:
-    """P, visual tokens that the stock model shows its language model for one image."""
-    vision = llava.config.vision_config
-    with_class_token = llava.config.vision_feature_select_strategy == "full"
-    return int((vision.image_size // vision.patch_size) ** 2) + int(with_class_token)
+    method.schedule(n_patches(model.config), len(model.model.language_model.layers))
 
 
 class Socketed(LlavaModel):

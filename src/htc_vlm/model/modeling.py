@@ -23,7 +23,7 @@ from htc_vlm import compressors
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.model import sockets
 from htc_vlm.model.compressed import CompressedImages
-from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.configuration import HtcVlmConfig, n_patches
 from htc_vlm.model.placing import Placed, place
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
@@ -522,7 +522,7 @@ def sizes_of(config: HtcVlmConfig) -> Sizes:
     vision = config.vision_config
     n_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     return Sizes(
-        n_patches=(vision.image_size // vision.patch_size) ** 2,
+        n_patches=n_patches(config),
         vision_width=vision.hidden_size * n_layers,
         llm_width=config.text_config.hidden_size,
         initializer_range=config.text_config.initializer_range,
