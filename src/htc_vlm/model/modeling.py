@@ -242,6 +242,14 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
 
     # ---------------------------------------------------------------- compress
+    @torch.no_grad()
+    def compress_visual(self, visual: Tensor, path: str = "auto") -> Tensor:
+        """(N, C, D) visual tokens -> their cells (N, layers, 2, kv heads, K, head_dim): the language model's part of
+        `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_compress.py where it applies,
+        "fast" refuses (ValueError) where it does not."""
+        out, _ = self.compress_pass(visual)
+        return sockets.cells_from_cache(out.past_key_values, self.compressor.n_bottleneck)
+
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
         n_images, n_visual, _ = visual.shape
@@ -347,15 +355,16 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         pixel_values: Tensor | None = None,
         patch_features: Tensor | None = None,
         image_codes: Tensor | None = None,
+        path: str = "auto",
     ) -> CompressedImages:
         """(N, 3, height, width) -> N images as cells, one cache entry (K for K bottleneck tokens) per layer each.
 
+        path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`.
         ValueError for methods without a bottleneck: they have nothing smaller to keep.
         """
         self._need_bottleneck()
         visual = self.visual_tokens(pixel_values, patch_features, image_codes)
-        out, _ = self.model.compress_pass(visual)
-        cells = sockets.cells_from_cache(out.past_key_values, self.model.compressor.n_bottleneck)
+        cells = self.model.compress_visual(visual, path=path)
         return CompressedImages(cells=cells, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
 
     @torch.no_grad()
