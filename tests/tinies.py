@@ -135,7 +135,9 @@ def assert_close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = TO
 def greedy(model: HtcVlmForConditionalGeneration, inputs: dict[str, Tensor], n_new: int, **images: Any) -> Tensor:
     """(B, n_new) ids, each from a full pass over everything before it; placeholders are never chosen."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    for _ in range(n_new):
+    for step in range(n_new):
+        if model.model.compressor.n_fusion:  # what was generated is not read by pre-fusion
+            images["is_answer"] = torch.nn.functional.pad(torch.zeros_like(inputs["input_ids"]).bool(), (0, step), value=True)
         logits = model(input_ids=ids, attention_mask=mask, **images).logits[:, -1]
         ids = torch.cat((ids, logits[:, :IMAGE].argmax(-1, keepdim=True)), dim=1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from htc_vlm.compressors import build
+from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
 
 from .. import tinies
@@ -125,6 +125,18 @@ def test_cached_generation_equals_full_forward(case: Case) -> None:
     assert out[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.attention == "sdpa"], ids=str)
+def test_beams_are_those_of_one_sample(case: Case) -> None:
+    """generate repeats what it knows of the images for each beam, and leaves behind what it does not know."""
+    model, images, prompts = case.model, pixels(3), rows(case.model)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    together = model.generate(**batch(prompts), pixel_values=images, **options)
+    assert together.shape[0] == 6
+    for i, own in ((0, images[:2]), (2, images[2:])):
+        alone = model.generate(**batch([prompts[i]]), pixel_values=own, **options)
+        assert alone[:, len(prompts[i]) :].tolist() == together[2 * i : 2 * i + 2, -4:].tolist()
+
+
 def test_asking_for_attention_maps_changes_nothing(case: Case) -> None:
     """FastV's released code computes other logits once somebody wants to look."""
     model, inputs, images = case.model, batch(rows(case.model)), pixels(3)
@@ -182,7 +194,9 @@ def test_sdpa_and_eager_agree(case: Case) -> None:
 
 
 def keeping_all(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The same method told to keep every patch; None for methods that cannot."""
+    """The same method told to keep every patch; None for methods that cannot, or have weights to make tokens with."""
+    if COMPRESSORS.get(settings["name"]).setup is not Compressor.setup:
+        return None
     for what in ("n_keep", "n_tokens"):
         if what in settings:
             return {**settings, what: N_PATCHES}

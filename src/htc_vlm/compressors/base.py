@@ -4,19 +4,20 @@ A method overrides only what it changes; every default does nothing. The places,
 
     tower_merges patches, blocks -> list  how many patches each block of the vision tower merges (ToMe)
     before_llm   (B, P, D) -> (B, C, D)   which visual tokens the language model receives (pool, queries, anchors)
+    fusion_layers decoder layers          in which the prompt reads all patches first (LLaVA-Mini)
     visible      TokenLayout -> (B, L, L) who may look at whom (the bottleneck)
     drops        patches, layers -> Drop  between which layers visual tokens leave (FastV, PyramidDrop, SparseVLM)
     queries      embeddings -> (B, L)     whose attention decides there
     after_layer  Seen -> Keep | Merge     which visual tokens go on to the next layer
 
 Source:  design.md section 3; each method's file names its paper.
-Differs: a trained model's own forward serves `before_llm` and `visible`. The other places need
+Differs: a trained model's own forward serves `before_llm`, `fusion_layers` and `visible`. The other places need
          `compressors.apply(model, name, ...)`, which serves `before_llm` too and works on any LLaVA checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ class Sizes:
     vision_width: int  # width of the vision tower's features
     llm_width: int  # D
     initializer_range: float = 0.02
+    new_decoder_layer: Callable[[int], nn.Module] | None = None  # number -> an untrained layer as the LLM's
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ class Compressor(nn.Module):
     def before_llm(self, images: ImageFeatures) -> Tensor:
         """-> (B, C, D), in sequence order."""
         return images.patches
+
+    @property
+    def n_fusion(self) -> int:
+        """How many fusion_layers there are."""
+        return 0
+
+    @property
+    def fusion_layers(self) -> Sequence[nn.Module]:
+        """Decoder layers of the method's own, in which the prompt reads all patches before the language model."""
+        return ()
+
+    def fusion_schedule(self, n_patches: int) -> list[int]:
+        """Visual tokens of one image that enter each of fusion_layers: its patches and what `before_llm` gives."""
+        return [n_patches + self.n_visual(n_patches)] * self.n_fusion
+
+    @property
+    def question_independent(self) -> bool:
+        """QUESTION_INDEPENDENT, with these settings."""
+        return self.QUESTION_INDEPENDENT
 
     def visible(self, layout: TokenLayout) -> Tensor | None:
         """(B, L, L) bool, True = may look; None = plain causal."""

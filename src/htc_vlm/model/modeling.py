@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.model import sockets
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig, n_patches
+from htc_vlm.model.fusing import ImagesToFuse, fuse
 from htc_vlm.model.placing import Placed, place
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
@@ -67,8 +69,13 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     def __init__(self, config: HtcVlmConfig) -> None:
         super().__init__(config)
         self.compressor = compressors.build(**config.compressor)
-        self.compressor.setup(sizes_of(config))
+        self.compressor.setup(replace(sizes_of(config), new_decoder_layer=self._new_decoder_layer))
         self.post_init()
+
+    def _new_decoder_layer(self, index: int) -> nn.Module:
+        """An untrained layer of the language model's kind, that follows its configuration (attention backend included)."""
+        layers: Any = self.language_model.layers
+        return type(layers[0])(self.language_model.config, index % len(layers))
 
     # ---------------------------------------------------------------- images
     @merge_with_config_defaults
@@ -132,6 +139,9 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         promised = self.compressor.n_visual(patch_features.shape[1])
         if tokens.shape[1] != promised:
             raise ValueError(f"{self.compressor.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
+        if self.compressor.n_fusion:
+            patches = [list(images.patches)]
+            return ImagesToFuse(last_hidden_state=patch_features, pooler_output=list(tokens), deepstack_features=patches)
         return BaseModelOutputWithPooling(last_hidden_state=patch_features, pooler_output=list(tokens))
 
     def denormalise(self, pixel_values: Tensor) -> Tensor:
@@ -155,15 +165,28 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         image_codes: Tensor | None = None,
         question_ids: Tensor | None = None,
         cell_positions: Tensor | None = None,
+        is_answer: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | LlavaModelOutputWithPast:
         """As LLaVA's; besides: patch_features, image_codes (see get_image_features); question_ids (B, L) for packed
-        questions; cell_positions (B, n) where the cache begins with n cells that stand amid the text."""
+        questions; cell_positions (B, n) where the cache begins with n cells that stand amid the text; is_answer (B, L)
+        bool, the tokens that no pre-fusion reads (as in generate, which makes them later)."""
         if patch_features is not None:
             if pixel_values is not None or mm_encoder_outputs:
                 raise ValueError("give pixel_values or patch_features, not both")
             images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
             mm_encoder_outputs = {"image": images}
+        ids = input_ids
+        if self.compressor.n_fusion:
+            if pixel_values is not None:
+                names = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+                options = {name: kwargs.pop(name, None) for name in names}
+                mm_encoder_outputs = {"image": self.get_image_features(pixel_values=pixel_values, **options)}
+                pixel_values = None
+            given = (mm_encoder_outputs or {}).get("image")
+            fused = self._fused(input_ids, given, attention_mask, past_key_values, question_ids, is_answer)
+            if fused is not None:
+                ids, inputs_embeds, mm_encoder_outputs = None, fused, None
         n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if n_past and cell_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -177,7 +200,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 input_ids, inputs_embeds, attention_mask, position_ids, question_ids, past_key_values, kwargs
             )
         return super().forward(
-            input_ids=input_ids,
+            input_ids=ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -185,6 +208,42 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
+        )
+
+    def _fused(
+        self,
+        input_ids: Tensor | None,
+        images: Any,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        question_ids: Tensor | None,
+        is_answer: Tensor | None,
+    ) -> Tensor | None:
+        """(B, L, D), what the language model gets after pre-fusion; None where there is nothing to fuse."""
+        name = self.compressor.name
+        if cache is not None and cache.get_seq_length():
+            if images is not None or (input_ids is not None and input_ids.shape[1] > 1):
+                raise ValueError(
+                    f"{name}: words after a cached prompt would not have read the picture; give the whole conversation"
+                )
+            return None
+        if images is None:
+            return None
+        if input_ids is None:
+            raise ValueError(f"{name} finds images by their placeholders; give input_ids, not embeddings")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"{name} masks by itself; give a 2-D attention_mask, got {attention_mask.ndim}-D")
+        embeds = self.get_input_embeddings()(input_ids)
+        tokens = torch.cat(list(images.pooler_output)).to(embeds.device, embeds.dtype)  # (I * C, D)
+        is_image = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=tokens)
+        return fuse(
+            embeds.masked_scatter(is_image, tokens),
+            self.layout(input_ids, attention_mask, question_ids),
+            images.patches.to(embeds.device),
+            len(images.pooler_output[0]),
+            is_answer,
+            self.compressor.fusion_layers,
+            self.language_model,
         )
 
     def _masked_pass(
@@ -328,6 +387,8 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
             inputs["input_ids"] = inputs["input_ids"][:, n_cells:]
             return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None and self.model.compressor.n_fusion and "is_answer" not in kwargs:
+            kwargs["is_answer"] = labels != -100
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
