@@ -10,10 +10,13 @@ from htc_vlm.cli import cost
 from htc_vlm.ops.cost import LLAMA_7B
 
 
+SUFFIX = {("plus",): "+", ("n_fusion",): " without pre-fusion"}
+
+
 def table(budget: int) -> dict[str, cost.Row]:
     rows, missing = cost.rows(budget, 576, LLAMA_7B, n_text=40)
     assert missing == {}
-    return {row.method + "+" * row.settings.get("plus", False): row for row in rows}
+    return {row.method + SUFFIX.get(tuple(row.settings)[-1:], ""): row for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,7 @@ def test_published_budgets_as_means_over_layers(budget: int, expected: dict[str,
     rows = table(budget)
     means = {name: row.equivalent_tokens for name, row in rows.items()}
     exact = dict.fromkeys(("random_drop", "divprune", "tome", "visionzip", "qformer"), float(budget))
+    exact |= dict.fromkeys(("llava_mini", "llava_mini without pre-fusion"), expected["avg_pool"])
     expected = {**expected, **exact, "none": 576.0, "voco": 576.0 + budget, "htc": 580.0 + budget}
     assert means == pytest.approx(expected, abs=0.06)
 
@@ -49,6 +53,15 @@ def test_flops_and_bytes_of_llava() -> None:
     assert rows["fastv"].again_tflops == rows["fastv"].prefill_tflops  # another question, another choice
     assert rows["htc"].prefill_tflops > rows["none"].prefill_tflops > rows["sparse_vlm"].prefill_tflops
     assert rows["htc"].again_tflops < 0.6
+
+
+def test_pre_fusion_costs_what_its_layers_cost() -> None:
+    """LLaVA-Mini's one token would look free: 1.96 TFLOPs with pre-fusion, 0.96 without (specs/baselines.md section 8)."""
+    rows, _ = cost.rows(1, 576, LLAMA_7B, n_text=40)
+    with_it, without = (row for row in rows if row.method == "llava_mini")
+    assert with_it.prefill_tflops - without.prefill_tflops == pytest.approx(1.96 - 0.96, abs=0.05)
+    assert (with_it.question_independent, without.question_independent) == (False, True)
+    assert with_it.again_tflops == with_it.prefill_tflops > without.again_tflops
 
 
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 Source:  ops/cost.py (FLOPs and bytes), ops/schedules.py (the published settings of each budget, with their sources).
 Differs: tokens are those *entering* each layer and are averaged over layers; where authors count otherwise, their number
-         stands beside it. Not counted: the vision tower, the projector, anchors, and a method's own scores.
+         stands beside it. Layers before the language model that read patches and text (LLaVA-Mini's pre-fusion) count in
+         the FLOPs, not in the tokens. Not counted: the vision tower, the projector, anchors, and a method's own scores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from htc_vlm import compressors
@@ -54,7 +55,7 @@ def settings_for(name: str, budget: int, n_patches: int, n_layers: int) -> dict[
         return {"n_bottleneck": budget}
     if name == "qformer":
         return {"n_queries": budget}
-    if name == "avg_pool":
+    if name in ("avg_pool", "llava_mini"):
         return {"n_tokens": round(math.sqrt(budget)) ** 2}  # the nearest square
     if name == "visionzip":
         n_dominant = max(2, round(budget * 27 / 32))  # the released 162 + 30, 108 + 20, 54 + 10
@@ -92,8 +93,12 @@ def row_of(method: Compressor, settings: dict[str, Any], n_patches: int, shape: 
         again = cost.prefill_flops(shape, [0] * shape.n_layers, n_text, n_logits=1, n_past=cached[0])
         first = image + again
     else:
-        first = again = cost.prefill_flops(shape, schedule, n_text, n_logits=1)
-        if method.QUESTION_INDEPENDENT:  # the image is a prefix of the prompt: keep its keys and values
+        first = cost.prefill_flops(shape, schedule, n_text, n_logits=1)
+        if method.n_fusion:
+            own = replace(shape, n_layers=method.n_fusion)
+            first += cost.prefill_flops(own, method.fusion_schedule(n_patches), n_text)
+        again = first
+        if method.question_independent:  # the image is a prefix of the prompt: keep its keys and values
             again = cost.prefill_flops(shape, [0] * shape.n_layers, n_text, n_logits=1, n_past=cached[0])
     return Row(
         method=method.name,
@@ -104,7 +109,7 @@ def row_of(method: Compressor, settings: dict[str, Any], n_patches: int, shape: 
         prefill_tflops=first / 1e12,
         again_tflops=again / 1e12,
         cache_mib=cost.cache_bytes(shape, cached) / 2**20,
-        question_independent=method.QUESTION_INDEPENDENT,
+        question_independent=method.question_independent,
     )
 
 
@@ -117,6 +122,9 @@ def rows(budget: int, n_patches: int, shape: cost.DecoderShape, n_text: int) -> 
             found.append(row_of(compressors.build(name, **settings), settings, n_patches, shape, n_text))
             if name == "sparse_vlm" and "budget" in settings:
                 settings = {**settings, "plus": True}
+                found.append(row_of(compressors.build(name, **settings), settings, n_patches, shape, n_text))
+            if name == "llava_mini":  # its ablation: without pre-fusion
+                settings = {**settings, "n_fusion": 0}
                 found.append(row_of(compressors.build(name, **settings), settings, n_patches, shape, n_text))
         except ValueError as error:
             missing[name] = str(error)
