@@ -26,11 +26,11 @@ from htc_vlm.model import sockets
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig, n_patches
 from htc_vlm.model.fusing import ImagesToFuse, fuse
+from htc_vlm.model.fingerprint import fingerprint
 from htc_vlm.model.placing import Placed, place
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
 
-N_SAMPLED = 1024  # values of each weight that enter the fingerprint
 # How LLaVA checkpoints on the hub name their weights -> the names in memory (and in files that we write).
 # transformers does the same renaming, but only for its own classes.
 HUB_NAMES = {
@@ -462,23 +462,8 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             )
 
     def fingerprint(self) -> str:
-        """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and the compressor's settings.
-
-        Independent of device and of the dtype the weights were loaded in.
-        """
-        weights = dict(self.named_parameters())
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in weights.values())
-        cached = self.__dict__.get("_fingerprint")
-        if cached is None or cached[0] != state:
-            digest = hashlib.sha256(json.dumps(self.config.compressor, sort_keys=True).encode())
-            for name in sorted(weights):
-                flat = weights[name].detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // N_SAMPLED)][:N_SAMPLED].to(torch.bfloat16).cpu()
-                digest.update(f"{name} {tuple(weights[name].shape)}".encode())
-                digest.update(sample.view(torch.int16).numpy().tobytes())
-            cached = (state, digest.hexdigest()[:16])
-            self.__dict__["_fingerprint"] = cached
-        return cached[1]
+        """16 hex digits of the weights and the compressor's settings: see fingerprint.py."""
+        return fingerprint(self, self.config.compressor)
 
     # ---------------------------------------------------------------- answer
     def generate(
@@ -540,8 +525,8 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             image_token_id=self.config.image_token_id,
             bottleneck_token_id=self.model._bottleneck_id(),
         )
-        cells = self._gather_cells(placed, compressed)
-        batch, n_cells = cells.shape[0], cells.shape[4]
+        keys, values = self._gather_cells(placed, compressed)
+        batch, n_cells = placed.is_slot.shape[0], keys.shape[3]
         is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
         out = {
             "input_ids": torch.cat(
@@ -549,23 +534,35 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             ),
             "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
             "position_ids": placed.text_position,
-            "past_key_values": sockets.cache_from_cells(cells, self.model.language_model.config),
+            "past_key_values": sockets.cache_from_cells(keys, values, batch, self.model.language_model.config),
         }
         if placed.interleaved:
-            steps = torch.arange(compressor.n_bottleneck, device=cells.device)
+            steps = torch.arange(compressor.n_bottleneck, device=keys.device)
             out["cell_positions"] = (placed.slot_position[:, :, None] + steps).flatten(1)
         return out
 
-    def _gather_cells(self, placed: Placed, compressed: CompressedImages) -> Tensor:
-        """-> (B, layers, 2, kv heads, slots * K, head_dim), keys rotated to their places."""
+    def _gather_cells(self, placed: Placed, compressed: CompressedImages) -> tuple[Tensor, Tensor]:
+        """Keys rotated to their places, and values, each (B, layers, kv heads, slots * K, head_dim); B is 1 where all
+        prompts read one image at one position."""
+        image, position = placed.image, placed.slot_position
+        if placed.alike:
+            image, position = image[:1], position[:1]
         embedding = self.get_input_embeddings().weight
-        cells = compressed.cells.to(embedding.device, embedding.dtype)[placed.image.flatten()]
+        cells = compressed.cells.to(embedding.device, embedding.dtype)
+        if placed.alike and len(compressed) == 1:  # no copy
+            chosen = cells
+        else:
+            chosen = cells[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
         inv_freq = self.model.language_model.rotary_emb.inv_freq
-        keys = rope.rotate_keys(cells[:, :, 0], inv_freq.to(cells.device), placed.slot_position.flatten())
-        cells = torch.stack((keys, cells[:, :, 1]), dim=2).unflatten(
-            0, placed.image.shape
-        )  # (B, slots, layers, 2, kv, K, hd)
-        return cells.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+        keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(cells.device), position.flatten())
+        return _join_slots(keys, image.shape[1]), _join_slots(chosen[:, :, 1], image.shape[1])
+
+
+def _join_slots(cells: Tensor, n_slots: int) -> Tensor:
+    """(B * slots, layers, kv heads, K, head_dim) -> (B, layers, kv heads, slots * K, head_dim); one slot: no copy."""
+    if n_slots == 1:
+        return cells
+    return cells.unflatten(0, (-1, n_slots)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
 
 def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:

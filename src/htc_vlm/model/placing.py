@@ -7,9 +7,15 @@ Differs: prompts may hold several images anywhere, and several prompts may share
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Placed:
     slot_position (B, M): rotary position of the slot's first bottleneck token.
     text_ids, text_mask, text_position (B, T): the tokens that are not cached.
     interleaved: some text comes before an image of its sample, so that plain causal attention would not do.
+    alike: every prompt reads one and the same image at one and the same position, so that one copy of its cells will do.
     """
 
     image: Tensor
@@ -30,6 +37,7 @@ class Placed:
     text_mask: Tensor
     text_position: Tensor
     interleaved: bool
+    alike: bool
 
 
 def place(
@@ -52,91 +60,120 @@ def place(
     >>> placed.text_ids.tolist(), placed.text_position.tolist(), placed.slot_position.tolist(), placed.interleaved
     ([[7, 5, 6]], [[0, 6, 7]], [[5]], True)
     """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids.cpu(), attention_mask.cpu(), strict=True)]
-    rows = [[token for token in row if token != image_token_id] for row in rows]
-    n_wanted = [_count_images(row, bottleneck_token_id, n_bottleneck) for row in rows]
+    mask: Bools | None = None if attention_mask is None else attention_mask.cpu().numpy() != 0
+    tokens = _tokens(input_ids.cpu().numpy(), mask, image_token_id, bottleneck_token_id)
+    n_wanted = _count_images(tokens, n_bottleneck)
     shared = n_images == 1
-    if not any(n_wanted):
-        if n_images not in (1, len(rows)):
+    if not n_wanted.any():
+        if n_images not in (1, len(n_wanted)):
             raise ValueError(
-                f"{len(rows)} prompts without image placeholders and {n_images} images: give one image per prompt, "
+                f"{len(n_wanted)} prompts without image placeholders and {n_images} images: give one image per prompt, "
                 "one image for all, or mark the places with <image>"
             )
-        rows = [[bottleneck_token_id] * n_bottleneck + row for row in rows]
-        n_wanted = [1] * len(rows)
-    if shared and max(n_wanted) > 1 or not shared and sum(n_wanted) != n_images:
-        raise ValueError(f"the prompts have places for {n_wanted} images, {n_images} compressed images were given")
+        tokens = tokens.with_image_in_front(n_bottleneck, bottleneck_token_id)
+        n_wanted = np.ones_like(n_wanted)
+    if (n_wanted.max() > 1) if shared else (n_wanted.sum() != n_images):
+        raise ValueError(
+            f"the prompts have places for {n_wanted.tolist()} images, {n_images} compressed images were given"
+        )
+    is_text = tokens.is_real & ~tokens.is_bottleneck
+    _check_text(tokens, is_text)
 
-    slots: list[list[tuple[int, int]]] = []
-    texts: list[list[tuple[int, int]]] = []
-    n_used, interleaved = 0, False
-    for row in rows:
-        sample_slots, sample_text, sample_interleaved = _walk(row, bottleneck_token_id, n_bottleneck, image_cost)
-        first = 0 if shared else n_used
-        slots.append([(first + i, position) for i, position in enumerate(sample_slots)])
-        texts.append(sample_text)
-        n_used += len(sample_slots)
-        interleaved |= sample_interleaved
-    if not all(texts):
-        raise ValueError(f"prompt {[bool(text) for text in texts].index(False)} has no text; ask something")
-    ends = [row[-1] == bottleneck_token_id for row in rows]
-    if any(ends):  # what follows would have to come from the image's own output, which is not cached
-        raise ValueError(f"prompt {ends.index(True)} ends with an image; put the question, or a word of it, after the image")
-    image, slot_position, is_slot = _left_padded(slots)
-    text_ids, text_position, text_mask = _left_padded(texts)
-    device = input_ids.device
+    starts = tokens.is_bottleneck & ((tokens.is_bottleneck.cumsum(1) - 1) % n_bottleneck == 0)
+    position = tokens.is_real.cumsum(1) - 1 + image_cost * starts.cumsum(1)
+    number = np.zeros_like(position) if shared else (starts.cumsum() - 1).reshape(starts.shape)
+    slots, texts = _left_padded(starts), _left_padded(is_text)
+    parts: list[NDArray[Any]] = [
+        slots.of(number), slots.of(position), slots.is_real, texts.of(tokens.ids), texts.of(position), texts.is_real
+    ]  # fmt: skip
+    image, slot_position, is_slot, text_ids, text_position, text_mask = _to_device(parts, input_ids.device)
+    n_slots = slots.is_real.shape[1]
     return Placed(
-        image=image.to(device),
-        is_slot=is_slot.to(device),
-        slot_position=slot_position.to(device),
-        text_ids=text_ids.to(device),
-        text_mask=text_mask.to(device),
-        text_position=text_position.to(device),
-        interleaved=interleaved,
+        image=image,
+        is_slot=is_slot.bool(),
+        slot_position=slot_position,
+        text_ids=text_ids,
+        text_mask=text_mask.bool(),
+        text_position=text_position,
+        interleaved=bool((starts & (is_text.cumsum(1) > 0)).any()),
+        alike=bool(shared and n_slots == 1 and slots.is_real.all() and (np.ptp(position[starts]) == 0)),
     )
 
 
-def _count_images(row: list[int], bottleneck_token_id: int, n_bottleneck: int) -> int:
-    n_tokens = row.count(bottleneck_token_id)
-    if n_tokens % n_bottleneck:
+@dataclass(frozen=True)
+class _Tokens:
+    """A batch of prompts, each (B, L): ids, which of them count, and which of these are bottleneck tokens."""
+
+    ids: Ints
+    is_real: Bools
+    is_bottleneck: Bools
+
+    def with_image_in_front(self, n_bottleneck: int, bottleneck_token_id: int) -> _Tokens:
+        """The same prompts with one image each before all text."""
+        image = np.ones((len(self.ids), n_bottleneck), dtype=np.int64)
+        yes, no = np.ones_like(image, dtype=np.bool_), np.zeros_like(self.is_real)
+        return _Tokens(
+            np.concatenate((image * bottleneck_token_id, self.ids), 1),
+            np.concatenate((yes, self.is_real), 1),
+            np.concatenate((yes, no), 1),
+        )
+
+
+def _tokens(ids: Ints, mask: Bools | None, image_token_id: int, bottleneck_token_id: int) -> _Tokens:
+    """Padding does not count, whatever its id; nor do visual placeholders."""
+    is_real = ids != image_token_id
+    if mask is not None:
+        is_real &= mask
+    return _Tokens(ids, is_real, is_real & (ids == bottleneck_token_id))
+
+
+def _count_images(tokens: _Tokens, n_bottleneck: int) -> Ints:
+    """(B,) images of each prompt."""
+    n_tokens = tokens.is_bottleneck.sum(1)
+    wrong = n_tokens % n_bottleneck != 0
+    if wrong.any():
         raise ValueError(
-            f"a prompt has {n_tokens} bottleneck tokens, each image has {n_bottleneck}; "
+            f"a prompt has {n_tokens[wrong][0]} bottleneck tokens, each image has {n_bottleneck}; "
             "let the processor expand <image>"
         )
     return n_tokens // n_bottleneck
 
 
-def _walk(
-    row: list[int], bottleneck_token_id: int, n_bottleneck: int, image_cost: int
-) -> tuple[list[int], list[tuple[int, int]], bool]:
-    """One prompt -> positions of its images, (id, position) of its text, and whether text precedes an image."""
-    images: list[int] = []
-    text: list[tuple[int, int]] = []
-    position, n_left, interleaved = 0, 0, False
-    for token in row:
-        if token == bottleneck_token_id:
-            if n_left == 0:
-                position += image_cost
-                images.append(position)
-                interleaved |= bool(text)
-                n_left = n_bottleneck
-            n_left -= 1
-        else:
-            text.append((token, position))
-        position += 1
-    return images, text, interleaved
+def _check_text(tokens: _Tokens, is_text: Bools) -> None:
+    """Refuse prompts that ask nothing, or nothing after their last image."""
+    has_text = is_text.any(1)
+    if not has_text.all():
+        raise ValueError(f"prompt {has_text.argmin()} has no text; ask something")
+    last = tokens.is_real.shape[1] - 1 - tokens.is_real[:, ::-1].argmax(1)
+    ends = tokens.is_bottleneck[np.arange(len(last)), last]
+    if ends.any():  # what follows would have to come from the image's own output, which is not cached
+        raise ValueError(
+            f"prompt {ends.argmax()} ends with an image; put the question, or a word of it, after the image"
+        )
 
 
-def _left_padded(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists of pairs -> two (B, longest) tensors, zeros on the left, and the mask of what is real."""
-    longest = max(len(row) for row in rows)
-    first = torch.zeros(len(rows), longest, dtype=torch.long)
-    second = torch.zeros_like(first)
-    real = torch.zeros_like(first, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row:
-            pairs = torch.tensor(row, dtype=torch.long)
-            first[i, -len(row) :], second[i, -len(row) :], real[i, -len(row) :] = pairs[:, 0], pairs[:, 1], True
-    return first, second, real
+@dataclass(frozen=True)
+class _LeftPadded:
+    """How the chosen entries of a (B, L) array move into a (B, longest) one."""
+
+    chosen: Bools  # (B, L)
+    is_real: Bools  # (B, longest), as many True a row as in `chosen`, all at the right
+
+    def of(self, values: Ints) -> Ints:
+        """(B, L) -> (B, longest), zeros on the left."""
+        out = np.zeros(self.is_real.shape, dtype=np.int64)
+        out[self.is_real] = values[self.chosen]
+        return out
+
+
+def _left_padded(chosen: Bools) -> _LeftPadded:
+    counts = chosen.sum(1)
+    longest = int(counts.max())
+    return _LeftPadded(chosen, np.arange(longest)[None, :] >= longest - counts[:, None])
+
+
+def _to_device(parts: list[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """(B, n) arrays -> int64 tensors, in one copy."""
+    widths = [part.shape[1] for part in parts]
+    together = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.int64)).to(device)
+    return list(together.split(widths, dim=1))

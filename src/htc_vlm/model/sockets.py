@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
@@ -76,10 +77,21 @@ def mask_over_cells(
     )
 
 
-def cache_from_cells(cells: Tensor, config: PreTrainedConfig) -> DynamicCache:
-    """(B, layers, 2, kv heads, n, head_dim) -> a cache of its own, one entry per cell and layer."""
-    pairs = [(cells[:, i, 0].contiguous(), cells[:, i, 1].contiguous()) for i in range(cells.shape[1])]
-    return DynamicCache(pairs, config=config)
+def cache_from_cells(keys: Tensor, values: Tensor, batch: int, config: PreTrainedConfig) -> DynamicCache:
+    """A cache of its own that begins with cells; the cells themselves are not copied, nor written to.
+
+    keys, values (B or 1, layers, kv heads, n, head_dim); with 1, all `batch` rows share them until the first pass, whose
+    growing cache copies them (n entries a row) in front of each row's own text.
+    """
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        key, value = keys[:, i].expand(batch, -1, -1, -1), values[:, i].expand(batch, -1, -1, -1)
+        if type(layer) is DynamicLayer:  # what its `update` does when empty, without concatenating to nothing
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            layer.keys, layer.values = key, value
+        else:
+            layer.update(key, value)
+    return cache
 
 
 def cells_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
