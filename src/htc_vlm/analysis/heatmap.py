@@ -39,21 +39,25 @@ def bottleneck_maps(model: HtcVlmForConditionalGeneration, pixel_values: Tensor)
     first = attention[:, :, :, 0].mean(dim=2)                                               # (N, layers, C + K)
     n_bottleneck = model.model.compressor.n_bottleneck
     visual, own = first[..., :-n_bottleneck], first[..., -n_bottleneck:].sum(-1)
-    n_anchors = _n_anchors(model)
-    is_post = n_anchors and model.config.compressor["fusion"] == "post"
-    anchors = visual[..., visual.shape[-1] - n_anchors :] if is_post else visual[..., :n_anchors]
-    patches = visual[..., : visual.shape[-1] - n_anchors] if is_post else visual[..., n_anchors:]
+    anchors, patches = (part.movedim(1, -1) for part in split_visual(model, visual.movedim(-1, 1)))
     side = math.isqrt(patches.shape[-1])
     if side * side != patches.shape[-1]:
         raise ValueError(f"{patches.shape[-1]} visual tokens are no square grid; there is nothing to lay over a picture")
     return BottleneckMaps(anchors=anchors, patches=patches.unflatten(-1, (side, side)), own=own)
 
 
-def _n_anchors(model: HtcVlmForConditionalGeneration) -> int:
-    """Anchors that stand as tokens of their own."""
+def split_visual(model: HtcVlmForConditionalGeneration, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, ...) of the visual tokens -> anchors (N, A, ...) and those in a grid (N, C - A, ...).
+
+    Anchors are those that stand as tokens of their own, A = 0 without; `channels: discrete` has a grid of codes.
+    """
     settings = model.config.compressor
-    is_hybrid = settings["name"] == "htc" and settings["channels"] == "hybrid" and settings["fusion"] != "mean"
-    return int(settings["n_anchors"]) if is_hybrid else 0
+    if settings["name"] != "htc" or settings["channels"] != "hybrid" or settings["fusion"] == "mean":
+        return visual[:, :0], visual
+    n_anchors = int(settings["n_anchors"])
+    if settings["fusion"] == "post":
+        return visual[:, -n_anchors:], visual[:, :-n_anchors]
+    return visual[:, :n_anchors], visual[:, n_anchors:]
 
 
 def overlay(picture: Image.Image, weights: Tensor, side_pixels: int = 320) -> Image.Image:
