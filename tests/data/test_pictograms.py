@@ -271,3 +271,14 @@ def test_the_atlas_script_and_the_committed_list_name_the_same_concepts() -> Non
     wanted = [(label, c, label in turning.split()) for c, (turning, still) in listed.items()
               for label in turning.split() + still.split()]  # fmt: skip
     assert wanted == [(concept.label, concept.category, concept.turns) for concept in pictograms.concepts()]
+
+
+def test_questions_may_be_kept_to_some_places() -> None:
+    """A curriculum that names places must not ask about things elsewhere, and an unknown place is refused."""
+    image_id = next(i for i in pictograms.images("train") if pictograms.n_things(i) == 4)
+    kinds = {"name": 1.0, "where": 1.0}
+    asked = pictograms.sample_questions(image_id, 20, 0, kinds, ("top left",))
+    here = next(thing for thing in pictograms.scene(image_id).things if thing.cell == 0)
+    assert {q.answer for q in asked} == {here.concept.label, "top-left"}
+    with pytest.raises(ValueError, match="no place 'middle'"):
+        pictograms.sample_questions(image_id, 1, 0, kinds, ("middle",))

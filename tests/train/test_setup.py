@@ -253,3 +253,18 @@ def test_the_presets_prompt_styles_are_those_of_the_data() -> None:
     """configs name them by these words."""
     named = {presets.read(path).get("prompt", "tiny") for path in presets.shipped()}
     assert named <= set(setup.STYLES)
+
+
+def test_words_of_patches_need_a_task_that_knows_them() -> None:
+    """Without this, a preset's `words` block with another task would do nothing."""
+    preset = {"words": {"task": "fashion-mnist"}, "data": [{"task": "fashion-mnist"}, {"task": "pictograms"}]}
+    with pytest.raises(ValueError, match="know a patch's words: pictograms"):
+        setup._align_words(preset, None, None, [], 0)
+
+
+def test_a_block_without_max_things_allows_all_images() -> None:
+    """The limit of a later block once held for the blocks before it, too."""
+    ids = pictograms.images("train")[:30]
+    blocks = [{"until": 0.2}, {"until": 0.5, "max_things": 1}, {"until": 1.0}]
+    (first, every), (second, single) = setup._simple_first(pictograms, ids, blocks)
+    assert (first, second) == (0.2, 0.5) and len(every) == 30 and 0 < len(single) < 30

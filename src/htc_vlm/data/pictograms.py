@@ -14,7 +14,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -178,6 +178,23 @@ def _ground(scene: Scene) -> np.ndarray:
     return np.where(is_drawn[..., None], shade, colour).clip(0, 255).astype(np.uint8)
 
 
+def patch_words(image_id: str, n_side: int) -> list[list[str]]:
+    """What each of n_side x n_side patches shows, raster order: the words of the thing in its cell, or of the background;
+    and which quarter of the picture it is in."""
+    here = scene(image_id)
+    by_cell = {thing.cell: thing for thing in here.things}
+    out = []
+    for patch in range(n_side * n_side):
+        row, column = 2 * (patch // n_side) // n_side, 2 * (patch % n_side) // n_side
+        thing = by_cell.get(2 * row + column)
+        words = [here.background, here.pattern]
+        if thing is not None:
+            words = [thing.concept.label, thing.concept.category, thing.tile, thing.size]
+            words += [thing.turn] if thing.concept.turns else []
+        out.append([*words, *PLACES[2 * row + column].split()])
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ questions
 Asked = tuple[str, str] | None      # question and answer; None where the scene has nothing to ask of this kind
 
@@ -287,27 +304,49 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator], Asked]] = {
 }  # fmt: skip
 
 
+REFERRING = ("name", "category", "on", "where", "tile", "size", "turn")     # kinds about one thing
+
+
 def ask(
-    scene: Scene, n: int, rng: np.random.Generator, weights: Mapping[str, float] | None = None
+    scene: Scene,
+    n: int,
+    rng: np.random.Generator,
+    weights: Mapping[str, float] | None = None,
+    places: Sequence[str] = PLACES,
 ) -> list[tuple[str, str, str]]:
-    """Up to n different (kind, question, answer) about a scene, kinds drawn by weight (default: all alike)."""
+    """Up to n different (kind, question, answer) about a scene, kinds drawn by weight (default: all alike).
+
+    places: questions about one thing are asked of things that stand in these places only.
+    """
+    unknown = sorted(set(places) - set(PLACES))
+    if unknown:
+        raise ValueError(f"no place {unknown[0]!r}; places: {', '.join(PLACES)}")
     shares = np.array([(weights or {}).get(kind, 1.0 if weights is None else 0.0) for kind in KINDS])
     shares = shares / shares.sum()
+    there = replace(scene, things=tuple(thing for thing in scene.things if PLACES[thing.cell] in places))
     found: dict[str, tuple[str, str, str]] = {}
     for _ in range(8 * n):
         if len(found) == n:
             break
         kind = KINDS[int(rng.choice(len(KINDS), p=shares))]
-        asked = _ASK[kind](scene, rng)
+        if kind in REFERRING and not there.things:
+            continue
+        asked = _ASK[kind](there if kind in REFERRING else scene, rng)
         if asked is not None:
             found.setdefault(asked[0], (kind, *asked))
     return list(found.values())
 
 
-def sample_questions(image_id: str, n: int, seed: int, weights: Mapping[str, float] | None = None) -> list[Question]:
-    """n questions for training, drawn from (image, seed)."""
+def sample_questions(
+    image_id: str,
+    n: int,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    places: Sequence[str] = PLACES,
+) -> list[Question]:
+    """n questions for training, drawn from (image, seed); see `ask`."""
     split, index = _split_of(image_id)
-    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights)
+    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights, places)
     return _numbered(rows, image_id, f"pictograms/{image_id}/{seed}.")
 
 

@@ -16,9 +16,10 @@ import yaml
 
 from htc_vlm.data.prompts import TINY
 from htc_vlm.train.loop import LoopSettings
+from htc_vlm.train.words import WordSettings
 
 NEEDED = ("data", "stages")
-KEYS = {"name", "base", "vision", "text", "data", "n_text", "stages", "prompt"}
+KEYS = {"name", "base", "vision", "text", "words", "data", "n_text", "stages", "prompt"}
 STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text")  # of a stage's block, beside LoopSettings
 SPECIAL = {
     "pad_token": "<pad>",
@@ -33,7 +34,7 @@ SPECIAL = {
 class DataPart:
     """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
 
-    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n}, in order; empty = all kinds alike.
+    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n, places: [place]}, in order; empty = all kinds alike.
         A stage's own `curriculum: {task: blocks}` takes its place.
     """
 
@@ -118,6 +119,13 @@ def loop_settings(stage: dict[str, Any]) -> LoopSettings:
         if field.name in given:
             given[field.name] = typed(field.name, given[field.name], field.type)
     return LoopSettings(**given)
+
+
+def word_settings(block: dict[str, Any]) -> WordSettings:
+    """A preset's `words` block."""
+    known = {field.name: field.type for field in fields(WordSettings)}
+    _check_known("words", block, known)
+    return WordSettings(**{name: typed(f"words.{name}", value, known[name]) for name, value in block.items()})
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:

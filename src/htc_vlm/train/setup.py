@@ -25,9 +25,10 @@ from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
 from htc_vlm.train import presets
 from htc_vlm.train.features import FeatureCache, fill, meta_for
-from htc_vlm.train.loop import run
+from htc_vlm.train.loop import last_whole_checkpoint, run
 from htc_vlm.train.packed import PackedQuestions, Source, codes_of
 from htc_vlm.train.stages import STAGES, Stage
+from htc_vlm.train.words import align_words
 
 STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1}
 CODE_PICTURE_SIZE = 160
@@ -62,8 +63,11 @@ def train_stage(
         data: Dataset = ConversationData(preset, processor, settings.seed, output / "pictures-checked.json")
     else:
         folder = cache or output.parent / "cache"
+        sources = _sources(preset, model, folder, block.get("curriculum", {}))
+        if start is None and "words" in preset and last_whole_checkpoint(output) is None:
+            _align_words(preset, model, processor, sources, settings.seed)
         data = PackedQuestions(
-            _sources(preset, model, folder, block.get("curriculum", {})),
+            sources,
             n_samples=settings.steps * settings.images_per_step,
             n_text=int(preset["n_text"]),
             tokenizer=processor.tokenizer,
@@ -142,6 +146,21 @@ def _sources(
     return sources
 
 
+def _align_words(preset: dict[str, Any], model: Any, processor: Any, sources: list[Source], seed: int) -> None:
+    """The preset's `words` block, on the cached features of its task."""
+    settings = presets.word_settings(preset["words"])
+    source = next((source for source in sources if source.name == settings.task), None)
+    module = presets.task_module(settings.task)
+    if source is None or not hasattr(module, "patch_words"):
+        able = [part["task"] for part in preset["data"] if hasattr(presets.task_module(part["task"]), "patch_words")]
+        raise ValueError(f"words.task is {settings.task!r}; tasks in this preset that know a patch's words: {', '.join(able)}")
+    ids, n_side = module.images("train"), round(source.cache.meta.n_patches**0.5)
+    loss = align_words(
+        model, source.cache, lambda i: module.patch_words(ids[i], n_side), processor.tokenizer.get_vocab(), settings, seed
+    )
+    print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
+
+
 def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
     return module.picture(ids[number])
 
@@ -149,12 +168,15 @@ def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
 def _simple_first(
     module: Any, ids: Sequence[str], curriculum: Sequence[dict[str, Any]]
 ) -> list[tuple[float, np.ndarray]]:
-    """For blocks of a curriculum with `max_things`: (until, numbers of the images with at most so many things)."""
-    blocks = [block for block in curriculum if "max_things" in block]
-    if not blocks:
+    """For the blocks of a curriculum up to the last with `max_things`: (until, numbers of the images it allows)."""
+    n_blocks = max((i + 1 for i, block in enumerate(curriculum) if "max_things" in block), default=0)
+    if not n_blocks:
         return []
     counts = np.array([module.n_things(image_id) for image_id in ids])
-    out = [(float(block["until"]), np.flatnonzero(counts <= block["max_things"])) for block in blocks]
+    out = [
+        (float(block["until"]), np.flatnonzero(counts <= block.get("max_things", counts.max())))
+        for block in curriculum[:n_blocks]
+    ]
     if any(len(allowed) == 0 for _, allowed in out):
         raise ValueError("curriculum: max_things leaves no image; raise it")
     return out
@@ -175,8 +197,8 @@ def _asker(
     """Questions about image number i, their kinds drawn by the weights that the curriculum has at this point of the run."""
 
     def ask(image: int, n: int, seed: int, progress: float) -> list[tuple[str, str]]:
-        weights = next((block.get("kinds") for block in curriculum if progress < block["until"]), None)
-        extra = {} if weights is None else {"weights": weights}
+        block = next((block for block in curriculum if progress < block["until"]), {})
+        extra = {name: block[key] for name, key in (("weights", "kinds"), ("places", "places")) if key in block}
         return [(question.text, question.answer) for question in module.sample_questions(ids[image], n, seed, **extra)]
 
     return ask
