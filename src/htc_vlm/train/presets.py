@@ -34,8 +34,8 @@ SPECIAL = {
 class DataPart:
     """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
 
-    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n, places: [place]}, in order; empty = all kinds alike.
-        A stage's own `curriculum: {task: blocks}` takes its place.
+    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n, places: [place]}, in order; empty = all
+        kinds alike. A stage's own `curriculum: {task: blocks}` takes its place.
     """
 
     task: str
