@@ -3,9 +3,9 @@
 Source:  ours.
 Differs: nothing known.
 
-A command is `cli/NAME.py` with `run(argv: list[str]) -> int`. Nothing is imported before the command is known, so
-`htc-vlm --help` answers at once, without torch (which is why this file stands outside the package: importing `htc_vlm`
-registers the model with transformers). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
+A command is `cli/NAME.py` (with _ for -) with `run(argv: list[str]) -> int`. Nothing is imported before the command is
+known, so `htc-vlm --help` answers at once, without torch (which is why this file stands outside the package: importing
+`htc_vlm` registers the model with transformers). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ COMMANDS = {
     "data": "build or verify a data set, offline",
     "train": "train a stage of a preset; start again to resume",
     "eval": "answer a task's questions and write a result file",
+    "train-and-eval": "build the missing results of a study, row by row",
     "table": "rebuild the tables from the result files",
     "convert": "turn LLaVA and MGVQ checkpoints into an HTC-VLM checkpoint",
     "probe": "read what the bottleneck token has kept",
@@ -38,7 +39,12 @@ EXIT_INTERRUPTED = 130
 def available() -> dict[str, str]:
     """Name -> summary of the commands whose file exists, in the order of COMMANDS."""
     folder = Path(__file__).parent / "htc_vlm" / "cli"
-    return {name: summary for name, summary in COMMANDS.items() if (folder / f"{name}.py").is_file()}
+    return {name: summary for name, summary in COMMANDS.items() if (folder / f"{module(name)}.py").is_file()}
+
+
+def module(name: str) -> str:
+    """The file of a command: `train-and-eval` -> `train_and_eval`."""
+    return name.replace("-", "_")
 
 
 def usage(commands: dict[str, str]) -> str:
@@ -47,12 +53,13 @@ def usage(commands: dict[str, str]) -> str:
     >>> print(usage({"ask": "ask a question", "data": "build a data set"}))
     usage: htc-vlm COMMAND [ARGUMENTS]
     <BLANKLINE>
-      ask       ask a question
-      data      build a data set
+      ask   ask a question
+      data  build a data set
     <BLANKLINE>
     htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version.
     """
-    rows = "\n".join(f"  {name:<9} {summary}" for name, summary in commands.items())
+    width = max(map(len, commands), default=0)
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in commands.items())
     return (
         f"usage: htc-vlm COMMAND [ARGUMENTS]\n\n{rows}\n\n"
         "htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version."
@@ -111,7 +118,7 @@ def run_command(name: str, argv: list[str]) -> int:
     """
     debug = os.environ.get("HTC_VLM_DEBUG", "") not in ("", "0")
     try:
-        return int(importlib.import_module(f"htc_vlm.cli.{name}").run(argv))
+        return int(importlib.import_module(f"htc_vlm.cli.{module(name)}").run(argv))
     except BrokenPipeError:
         # `htc-vlm ... | head`: the reader has gone. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,13 +34,13 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_only_commands_that_exist_are_listed() -> None:
     """A listed command without a file would end in ModuleNotFoundError."""
     folder = Path(cli.__file__).parent / "htc_vlm" / "cli"
-    assert set(cli.available()) == set(cli.COMMANDS) & {path.stem for path in folder.glob("*.py")}
+    assert set(cli.available()) == set(cli.COMMANDS) & {path.stem.replace("_", "-") for path in folder.glob("*.py")}
 
 
 def test_every_file_in_the_folder_is_a_listed_command() -> None:
     """A command file that the table does not name could never be called."""
     folder = Path(cli.__file__).parent / "htc_vlm" / "cli"
-    files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    files = {path.stem.replace("_", "-") for path in folder.glob("*.py") if not path.stem.startswith("_")}
     assert files <= set(cli.COMMANDS)
 
 
