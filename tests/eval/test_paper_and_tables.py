@@ -104,9 +104,9 @@ def test_a_table_is_rebuilt_from_files(results: Path) -> None:
 
 def test_the_table_command_prints_markdown_and_csv(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prevents two renderings that disagree."""
-    table.run(["table1", "--results", str(results)])
+    table.run(["table1", "--results", str(results), "--experiments", str(results)])
     assert "| htc | 32.0 ± 2.8 |" in capsys.readouterr().out
-    table.run(["table1", "--results", str(results), "--format", "csv"])
+    table.run(["table1", "--results", str(results), "--experiments", str(results), "--format", "csv"])
     assert "htc,32.0 ± 2.8," in capsys.readouterr().out
 
 

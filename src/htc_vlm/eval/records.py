@@ -67,7 +67,7 @@ def packed_bits(right: Sequence[bool]) -> str:
 
 def unpacked_bits(text: str, n: int) -> np.ndarray:
     """(n,) bool; ValueError when the text holds another number."""
-    raw = np.frombuffer(base64.b64decode(text), np.uint8)
+    raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     if len(raw) != (n + 7) // 8:
         raise ValueError(f"{len(raw)} bytes hold no {n} answers")
     return np.unpackbits(raw)[:n].astype(bool)
@@ -78,7 +78,7 @@ def _packed_numbers(numbers: np.ndarray) -> str:
 
 
 def _unpacked_numbers(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").astype(np.int64)
+    return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<u4").astype(np.int64)
 
 
 def references(items: Sequence[Item], task: str) -> list[Question]:

@@ -1,0 +1,151 @@
+"""The plain reading of a study's tables: sentences chosen by the numbers and their intervals, none written beforehand.
+
+Source:  ours.
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from htc_vlm.eval.compare import paired_bootstrap
+from htc_vlm.eval.paper import table1_rows
+from htc_vlm.eval.study_tables import (
+    BLIND,
+    MIN_APART,
+    N_RESAMPLES,
+    Compared,
+    StudyRow,
+    StudyTable,
+    compared,
+    headlines,
+    kinds_of,
+    label,
+    retention,
+    right_of,
+    separating,
+)
+
+CEILING_MEANS_SOMETHING = 95.0  # a ceiling above this binds nothing
+
+
+def sentences(study: StudyTable) -> list[str]:
+    """What the table says, in words; one sentence that nothing was run where nothing was."""
+    n_run = sum(not row.status for row in study.rows)
+    if not n_run:
+        return ["No row of this table has been run yet."]
+    return [*state(study), *retained(study), *comparisons(study), *bindings(study)]
+
+
+def state(study: StudyTable) -> list[str]:
+    """How much of the table there is."""
+    n_run = sum(not row.status for row in study.rows)
+    n_refused = sum(row.status == "impossible" for row in study.rows)
+    n_missing = len(study.rows) - n_run - n_refused
+    out = [f"{n_run} of {len(study.rows)} rows have results; impossible here: {n_refused}; not run: {n_missing}."]
+    trained = [row for row in study.rows if row.training("steps") is not None]
+    if trained:
+        steps = sorted({row.training("steps") or 0 for row in trained})
+        seeds = sorted({len(row.results) for row in trained})
+        told = f"{steps[0]:,.0f}" if len(steps) == 1 else f"{steps[0]:,.0f} to {steps[-1]:,.0f}"
+        each = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        plural = "" if seeds == [1] else "s"
+        out.append(f"Trained rows: {told} steps, {each} seed{plural} each, the same data in the same order.")
+        if len(steps) > 1:
+            out.append("The steps differ between rows: those rows are not comparable.")
+    wrong = study.other_questions()
+    if wrong:
+        out.append(f"Asked other questions than the first row, and so not comparable: {', '.join(wrong)}.")
+    return out
+
+
+def retained(study: StudyTable) -> list[str]:
+    """Retention of the rows that have one, best first, beside the paper's where it prints the same method."""
+    columns, left_out = separating(study, study.columns())
+    means = {row.title: both[0] for row in study.rows if (both := retention(study, row, columns)) and row.training("steps")}
+    out = []
+    if left_out and columns:
+        names = ", ".join(label(column, study.columns()) for column in left_out)
+        out.append(f"Retention leaves out {names}: the bounds are less than {MIN_APART:g} points apart there.")
+    if not columns:
+        out.append(f"No column separates the bounds by {MIN_APART:g} points, so there is no retention.")
+    if means:
+        best = sorted(means.items(), key=lambda entry: -entry[1].capped)
+        told = "; ".join(f"{title} {mean.capped:.1f} %" for title, mean in best)
+        out.append(f"Kept between the bounds, capped at 100 %: {told}.")
+    if study.table.name == "table1":
+        paper = ", ".join(f"{row.name} {row.mean.printed:.1f} %" for row in table1_rows())
+        out.append(f"The paper's Table 1, recomputed from its scores: {paper}.")
+    return out
+
+
+def comparisons(study: StudyTable) -> list[str]:
+    """One sentence per comparison: on the first headline, then the kinds whose interval excludes zero."""
+    out = []
+    first = headlines(study)[0]
+    for comparison in study.table.compare:
+        found = compared(study, comparison, first)
+        if found is None:
+            continue
+        by_kind = [one for metric in kinds_of(study, first) if (one := compared(study, comparison, metric)) is not None]
+        out.append(_sentence(found, by_kind))
+    return out
+
+
+def _sentence(found: Compared, by_kind: Sequence[Compared]) -> str:
+    one = found.difference
+    interval = f"{one.points:+.1f} points [{one.low:+.1f}, {one.high:+.1f}]"
+    most = max(-one.low, one.high)
+    verdict = {
+        "above": f"better, {interval}",
+        "below": f"worse, {interval}",
+        "cannot tell": f"no difference that can be told, {interval}; more than {most:.1f} points are ruled out",
+    }[found.verdict]
+    asks = found.comparison.asks[0].upper() + found.comparison.asks[1:]
+    text = f"{asks}: {verdict} (first minus second, {one.n_questions:,} questions about {one.n_images:,} pictures)."
+    told = [kind for kind in by_kind if kind.verdict != "cannot tell"]
+    moved = [f"{kind.metric.partition('/')[2]} {kind.difference.points:+.1f}" for kind in told]
+    if moved:
+        text += f" By kind, intervals without zero: {', '.join(moved)}."
+    if min(found.n_seeds) == 1:
+        text += " One seed: the interval does not hold the spread between seeds."
+    return text
+
+
+def bindings(study: StudyTable) -> list[str]:
+    """In which kinds a compressed row is above or below the bag-of-things ceiling, by a bootstrap over pictures."""
+    out = []
+    first = headlines(study)[0]
+    for row in study.rows:
+        if row.status or row.training("steps") is None:
+            continue
+        above, below = [], []
+        for metric in kinds_of(study, first):
+            low_high = _against_ceiling(study, row, metric)
+            if low_high is not None and low_high[0] > 0:
+                above.append(metric.partition("/")[2])
+            if low_high is not None and low_high[1] < 0:
+                below.append(metric.partition("/")[2])
+        if above or below:
+            told = [f"above it in {', '.join(above)}"] if above else []
+            told += [f"below it in {', '.join(below)}"] if below else []
+            out.append(f"{row.title} against the ceiling of knowing what, but not where: {'; '.join(told)}.")
+    return out
+
+
+def _against_ceiling(study: StudyTable, row: StudyRow, metric: str) -> tuple[float, float] | None:
+    """Interval of score minus ceiling in points; None where the ceiling says nothing or the row has no answers."""
+    ceiling = study.baseline(BLIND[2], metric)
+    task, _, kind = metric.partition("/")
+    answered = right_of(row, task)
+    if ceiling is None or ceiling > CEILING_MEANS_SOMETHING or answered is None:
+        return None
+    if answered[1] != study.questions[task].sha256:
+        return None
+    chosen = study.questions[task].of_kind(kind)
+    right = answered[0][chosen]
+    images = [str(image) for image in study.questions[task].image_of[chosen]]
+    difference = paired_bootstrap(right.tolist(), np.full(len(right), ceiling / 100).tolist(), images, n_resamples=N_RESAMPLES)
+    return difference.low, difference.high
