@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from htc_vlm.compressors import build
 from htc_vlm.model import HtcVlmForConditionalGeneration
 
 from .. import tinies
 from ..tinies import BOTTLENECK, TINY_CODE, assert_close, batch, image_ids, pixels, rows, shared, text_logits
+from .conftest import BACKENDS, own
 
 METHODS: dict[str, dict[str, Any]] = {"voco": {}, "htc": {"quantizer": TINY_CODE}}
 SWEEP = [
@@ -20,6 +22,11 @@ SWEEP = [
         METHODS.items(), (1, 3), ("sequential", "compact"), ("self", "causal"), ("sdpa", "eager")
     )
 ]
+
+
+SELF = [
+    {**compressor, "visual_attention": "self"} for compressor in own() if build(**compressor).n_bottleneck
+]  # each method with a bottleneck and each of its examples, as the fast compress path takes them
 
 
 def label(value: Any) -> str:
@@ -41,6 +48,33 @@ def test_one_pass_equals_two_passes(model: HtcVlmForConditionalGeneration) -> No
     one = text_logits(model, inputs, pixel_values=images)
     two = model(**inputs, compressed=model.compress(pixel_values=images)).logits
     assert_close([row[-len(text) :] for row, text in zip(two, one, strict=True)], one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("n_bottleneck", [64, 128, 192])
+def test_the_budgets_of_table_2_hold_the_same_promises(name: str, n_bottleneck: int) -> None:
+    """More bottleneck tokens than patches, here: they see each other causally, and all of them reach the text."""
+    compressor = {"name": name, **METHODS[name], "n_bottleneck": n_bottleneck}
+    models = [shared(compressor, backend) for backend in ("sdpa", "eager")]
+    inputs, images = batch(rows(models[0])), pixels(3)
+    one, eager = (text_logits(model, inputs, pixel_values=images) for model in models)
+    assert_close(eager, one)
+    kv = models[0].compress(pixel_values=images)
+    assert kv.n_bottleneck == n_bottleneck
+    two = models[0](**inputs, compressed=kv).logits
+    assert_close([row[-len(text) :] for row, text in zip(two, one, strict=True)], one)
+    n_visual = models[0].model.compressor.n_visual(tinies.N_PATCHES)
+    assert models[0].model.compressor.schedule(tinies.N_PATCHES, 3) == [n_visual + n_bottleneck] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compressor", SELF, ids=lambda one: str({**one, "quantizer": None}))
+def test_the_fast_path_gives_the_cells_of_the_masked_pass(compressor: dict[str, Any], backend: str) -> None:
+    """Cells from a short cut that leaves out something the bottleneck saw in training. Every example, batch of 3."""
+    model, images = shared(compressor, backend), pixels(3)
+    fast, general = (model.compress(pixel_values=images, path=path).cells for path in ("fast", "general"))
+    torch.testing.assert_close(fast, general, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from htc_vlm import compressors
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
-from htc_vlm.model import sockets
+from htc_vlm.model import fast_compress, sockets
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig, n_patches
 from htc_vlm.model.fusing import ImagesToFuse, fuse
@@ -306,15 +306,17 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         """(N, C, D) visual tokens -> their cells (N, layers, 2, kv heads, K, head_dim): the language model's part of
         `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_compress.py where it applies,
         "fast" refuses (ValueError) where it does not."""
+        n_bottleneck = self.compressor.n_bottleneck
+        if fast_compress.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
+            return fast_compress.compress(self.language_model, visual, self._bottleneck_embeds(visual))
         out, _ = self.compress_pass(visual)
-        return sockets.cells_from_cache(out.past_key_values, self.compressor.n_bottleneck)
+        return sockets.cells_from_cache(out.past_key_values, n_bottleneck)
 
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
         n_images, n_visual, _ = visual.shape
         n_bottleneck = self.compressor.n_bottleneck
-        ids = torch.full((n_images, n_bottleneck), self._bottleneck_id(), device=visual.device)
-        embeds = torch.cat((visual, self.get_input_embeddings()(ids).to(visual.dtype)), dim=1)
+        embeds = torch.cat((visual, self._bottleneck_embeds(visual).expand(n_images, -1, -1)), dim=1)
         kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
         layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
         position_ids = torch.arange(-n_visual, n_bottleneck, device=visual.device).expand(n_images, -1)
@@ -330,6 +332,11 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             output_hidden_states=output_hidden_states,
         )
         return out, position_ids
+
+    def _bottleneck_embeds(self, like: Tensor) -> Tensor:
+        """(K, D)"""
+        ids = torch.full((self.compressor.n_bottleneck,), self._bottleneck_id(), device=like.device)
+        return self.get_input_embeddings()(ids).to(like.dtype)
 
     def _bottleneck_id(self) -> int:
         if self.config.bottleneck_token_id is None:
