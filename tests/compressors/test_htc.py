@@ -156,3 +156,18 @@ def test_the_papers_quantizer_is_the_default() -> None:
     settings = compressors.build("htc").settings.quantizer
     assert settings == {"preset": "f16c32g8", "image_size": 336}
     assert (336 // 2 ** (len(PRESETS["f16c32g8"]["widths"]) - 1)) ** 2 * PRESETS["f16c32g8"]["latent_channels"] == 14112
+
+
+@torch.enable_grad()  # off in this folder, see conftest.py
+def test_learnt_anchors_read_the_patches_and_all_of_them_learns() -> None:
+    """A rounding without a straight-through gradient would leave queries and codes as they were drawn."""
+    method = htc(n_anchors=2, anchor_source="learnt")
+    assert not method.has_code and method.n_visual(16) == 18
+    given = replace(images(), project=nn.Linear(6, 5))  # of full rank: other patches for another image
+    tokens = method.before_llm(given)
+    assert tokens.shape == (2, 18, 5) and tokens[:, 2:].equal(given.patches) and not tokens[0, :2].equal(tokens[1, :2])
+    tokens[:, :2].square().sum().backward()
+    unmoved = [name for name, weight in method.learnt.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert unmoved == []
+    with pytest.raises(ValueError, match="give hybrid"):
+        htc(channels="discrete", anchor_source="learnt")

@@ -5,7 +5,7 @@ Differs: Eq. 6 is read as a boolean mask (ops/masks.py). Eq. 4's GELU on the anc
          q is flattened in raster order, channels last (the paper does not say). "Mean" fusion is not defined there:
          ours averages the mean anchor into every patch. Discrete-only follows Table 4: one token per grid cell of the
          code (441 at 7B), through one shared two-layer GELU MLP, instead of anchors. `anchor_source` is ours, for
-         ablations.
+         ablations; `learnt` goes beyond the paper: its anchors need no tokenizer and learn with the model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from htc_vlm.compressors.base import COMPRESSORS, ImageFeatures, Sizes, check_choice, check_count
 from htc_vlm.compressors.voco import Bottleneck
+from htc_vlm.quantizers.fsq import finite_scalar
 
 FUSION = ("pre", "post", "mean")
 CHANNELS = ("hybrid", "continuous", "discrete")
-ANCHOR_SOURCE = ("quantized", "latents", "shuffled")
+ANCHOR_SOURCE = ("quantized", "latents", "shuffled", "learnt")
+LEARNT_LEVELS = (8, 8, 8, 5, 5, 5) * 4  # of each learnt anchor's code: 64,000 values, four times
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class HtcSettings:
     channels: str = "hybrid"
     visual_attention: str = "self"
     positions: str = "sequential"
-    anchor_source: str = (
-        "quantized"  # ours: `latents` skips the quantization, `shuffled` gives each image another's code
-    )
+    # ours: `latents` skips the quantization, `shuffled` gives each image another's code, `learnt` reads the patches
+    anchor_source: str = "quantized"
     quantizer: dict[str, Any] = field(default_factory=lambda: {"preset": "f16c32g8", "image_size": 336})
 
 
@@ -53,6 +54,7 @@ class Htc(Bottleneck):
         {"fusion": "mean", "positions": "compact", "quantizer": _TINY},
         {"channels": "discrete", "quantizer": _TINY},
         {"channels": "continuous"},
+        {"n_anchors": 2, "anchor_source": "learnt"},
     )
     PAPER = "HTC-VLM"
 
@@ -62,12 +64,17 @@ class Htc(Bottleneck):
         check_choice(self.name, "fusion", settings.fusion, FUSION)
         check_choice(self.name, "channels", settings.channels, CHANNELS)
         check_choice(self.name, "anchor_source", settings.anchor_source, ANCHOR_SOURCE)
+        if settings.anchor_source == "learnt" and settings.channels != "hybrid":
+            raise ValueError(f"htc: learnt anchors stand beside the patches; channels is {settings.channels!r}, give hybrid")
 
     @property
     def has_code(self) -> bool:
-        return self.settings.channels != "continuous"
+        """Does it read the frozen quantizer's code?"""
+        return self.settings.channels != "continuous" and self.settings.anchor_source != "learnt"
 
     def setup(self, sizes: Sizes) -> None:
+        if self.settings.anchor_source == "learnt":
+            self.learnt = LearntAnchors(self.settings.n_anchors, sizes.llm_width)
         if not self.has_code:
             return
         from htc_vlm.quantizers.mgvq import MGVQ
@@ -104,13 +111,16 @@ class Htc(Bottleneck):
         return n_patches + int(self.settings.n_anchors)
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
-        if not self.has_code:
+        if self.settings.channels == "continuous":
             return images.patches
-        code = self.code(images)  # (B, h, w, channels)
         if self.settings.channels == "discrete":
-            return self.to_anchors(code.flatten(1, 2))  # (B, h * w, D)
+            return self.to_anchors(self.code(images).flatten(1, 2))  # (B, h * w, D)
         patches = images.patches
-        anchors = self.to_anchors(code.flatten(1)).unflatten(1, (self.settings.n_anchors, -1))  # (B, A, D)
+        if self.settings.anchor_source == "learnt":
+            anchors = self.learnt(patches)
+        else:
+            code = self.code(images)  # (B, h, w, channels)
+            anchors = self.to_anchors(code.flatten(1)).unflatten(1, (self.settings.n_anchors, -1))  # (B, A, D)
         if self.settings.fusion == "mean":
             return (patches + anchors.mean(dim=1, keepdim=True)) / 2
         return torch.cat((anchors, patches) if self.settings.fusion == "pre" else (patches, anchors), dim=1)
@@ -149,3 +159,23 @@ class AnchorMLP(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)"""
         return nn.functional.gelu(self.w2(nn.functional.gelu(self.w1(q))))
+
+
+class LearntAnchors(nn.Module):
+    """Ours: each anchor pools the patches by its own query and is rounded to a discrete code; all of it learns with the model.
+
+    The rounding (quantizers/fsq.py) needs neither a codebook nor a loss of its own.
+    """
+
+    def __init__(self, n_anchors: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Linear(width, n_anchors, bias=False)
+        self.to_code = nn.Linear(width, len(LEARNT_LEVELS))
+        self.from_code = nn.Linear(len(LEARNT_LEVELS), width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, P, D) -> (B, A, D)"""
+        x = self.norm(patches)
+        weights = self.queries(x).transpose(1, 2).softmax(dim=-1)  # (B, A, P)
+        return self.from_code(finite_scalar(self.to_code(weights @ x), LEARNT_LEVELS))
