@@ -9,7 +9,6 @@ import pytest
 from htc_vlm.cli import cost
 from htc_vlm.ops.cost import LLAMA_7B
 
-
 SUFFIX = {("plus",): "+", ("n_fusion",): " without pre-fusion"}
 
 

@@ -145,7 +145,7 @@ def test_sparse_vlms_budgets_both_ways_of_counting(
         ({"layers": (1, 2)}, "go together"),
         ({"budget": 64, "layers": (1,), "keep": (4,)}, "excludes"),
         ({"layers": (31,), "keep": (4,)}, "between 1 and 31"),
-        ({"layers": (1,), "keep": (576,)}, "give 1 to 575"),
+        ({"layers": (1,), "keep": (577,)}, "give 1 to 576"),
         ({"layers": (1, 2), "keep": (4,)}, "equally long"),
     ],
 )

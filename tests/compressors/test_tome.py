@@ -80,12 +80,13 @@ def test_every_patch_is_in_exactly_one_token(llava: Any, prompts: Any) -> None:
 
 def test_raster_order_only_reorders(llava: Any, prompts: Any) -> None:
     """Merging scrambles tokens; the language model numbers them."""
-    given = []
+    given, first = [], []
     for restore_order in (False, True):
         with compressors.apply(llava, "tome", n_keep=6, restore_order=restore_order) as applied:
             given.append(llava.model.get_image_features(pixel_values=prompts.pixels[0]).pooler_output[0])
-            first = applied.source[0].argmax(dim=-1)  # of each scrambled token
-    torch.testing.assert_close(given[1], given[0][first.argsort()])
+            first.append(applied.source[0].argmax(dim=-1))  # the first patch of each token
+    torch.testing.assert_close(given[1], given[0][first[0].argsort()])
+    assert first[1].equal(first[0].sort().values)
 
 
 def test_after_the_tower_means_are_means_of_patches() -> None:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -47,6 +48,11 @@ class AvgPool(Compressor):
         if self.settings.place == "after_projector":
             return self._pool(images.patches)
         return images.project(self._pool(images.features))
+
+    def source(self, images: ImageFeatures) -> Tensor:
+        n_images, n_patches, _ = images.features.shape
+        identity = torch.eye(n_patches, device=images.features.device)
+        return (self._pool(identity[None]) > 0).float().expand(n_images, -1, -1)
 
     def _pool(self, tokens: Tensor) -> Tensor:
         """(B, P, width) -> (B, n_tokens, width)"""

@@ -157,6 +157,10 @@ class Compressor(nn.Module):
         """-> (B, C, D), in sequence order."""
         return images.patches
 
+    def source(self, images: ImageFeatures) -> Tensor | None:
+        """(B, C, P) of 0 and 1, which patches went into each token of `before_llm`; None: that is not told."""
+        return None
+
     @property
     def n_fusion(self) -> int:
         """How many fusion_layers there are."""
@@ -205,6 +209,9 @@ class Compressor(nn.Module):
     def after_layer(self, layer: int, seen: Seen) -> Keep | Merge | None:
         """Which visual tokens enter layer `layer` + 1, asked where `drops` says; None = all."""
         return None
+
+    def check_heads(self, n_heads: int) -> None:
+        """ValueError for settings that a language model with so many attention heads cannot meet."""
 
     def schedule(self, n_patches: int, n_layers: int) -> list[int]:
         """Visual and bottleneck tokens of one image entering each layer, when it is first read: a promise."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_count
 from htc_vlm.ops.select import gather_tokens, keep_diverse
@@ -40,4 +41,12 @@ class DivPrune(Compressor):
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
         patches = images.patches  # (B, P, D)
-        return gather_tokens(patches, keep_diverse(patches, self.n_visual(patches.shape[1])))
+        return gather_tokens(patches, self.places(patches))
+
+    def places(self, patches: Tensor) -> Tensor:
+        """(B, P, D) -> (B, n_keep), ascending."""
+        return keep_diverse(patches, self.n_visual(patches.shape[1]))
+
+    def source(self, images: ImageFeatures) -> Tensor:
+        patches = images.patches
+        return one_hot(self.places(patches), patches.shape[1]).float()

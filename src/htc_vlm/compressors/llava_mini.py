@@ -115,7 +115,7 @@ class LlavaMini(Compressor):
 def grid_positions(side: int, width: int) -> Tensor:
     """(side * side, width): sines and cosines of the column in the first half, of the row in the second.
 
-    >>> grid_positions(2, 4)[2].round(decimals=4).tolist()      # row 1, column 0: sin 0, cos 0, sin 1, cos 1
+    >>> [round(x, 4) for x in grid_positions(2, 4)[2].tolist()]        # row 1, column 0: sin 0, cos 0, sin 1, cos 1
     [0.0, 1.0, 0.8415, 0.5403]
     """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -129,7 +129,7 @@ def resized(places: Tensor, n_patches: int) -> Tensor:
     """(side * side, width) -> (n_patches, width), bicubic. One query's place is stretched over all patches, which then
     have no places of their own: so it is in the released code.
 
-    >>> resized(grid_positions(1, 4), 9).unique(dim=0).tolist()
+    >>> resized(grid_positions(1, 4), 9).round(decimals=4).unique(dim=0).tolist()
     [[0.0, 1.0, 0.0, 1.0]]
     """
     side, n_side = math.isqrt(places.shape[0]), math.isqrt(n_patches)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_count
 from htc_vlm.ops.select import keep_random
@@ -43,6 +44,14 @@ class RandomDrop(Compressor):
         return int(self.settings.n_keep)
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
+        return images.project(images.features[:, self.places(images)])
+
+    def places(self, images: ImageFeatures) -> Tensor:
+        """(n_keep,), ascending."""
         n_patches = images.features.shape[1]
-        places = keep_random(n_patches, self.n_visual(n_patches), self.settings.seed)
-        return images.project(images.features[:, places.to(images.features.device)])
+        return keep_random(n_patches, self.n_visual(n_patches), self.settings.seed).to(images.features.device)
+
+    def source(self, images: ImageFeatures) -> Tensor:
+        """For pictures of where tokens come from; leave it out where that is not told."""
+        n_images, n_patches, _ = images.features.shape
+        return one_hot(self.places(images), n_patches).float().expand(n_images, -1, -1)

@@ -80,12 +80,18 @@ class SparseVlm(AppliedOnly):
         layers = self.plan(n_patches, n_layers).layers
         return tuple(Drop(layer + 1, renumber=not self.settings.plus) for layer in layers)
 
+    def check_heads(self, n_heads: int) -> None:
+        if self.settings.plus and self.settings.n_heads > n_heads:
+            raise ValueError(f"sparse_vlm: n_heads is {self.settings.n_heads}; the model has {n_heads}")
+
     def queries(self, embeds: Tensor, layout: TokenLayout) -> Tensor:
         return raters(embeds, layout)
 
-    def after_layer(self, layer: int, seen: Seen) -> Keep | Merge:
+    def after_layer(self, layer: int, seen: Seen) -> Keep | Merge | None:
         plan = self._tables(seen.n_patches)
         n_keep = plan.keep[plan.layers.index(layer)]
+        if n_keep == seen.states.shape[1]:
+            return None  # nothing leaves, so nothing is recycled
         if self.settings.plus:
             return Keep(keep_top(corrected_scores(seen, self.settings.n_heads), n_keep))
         return Merge(recycle(seen.scores, seen.states, n_keep, self.settings.noise_seed))

@@ -89,13 +89,20 @@ class Tome(AppliedOnly):
             )
         return list(self.settings.merges)
 
-    def before_llm(self, images: ImageFeatures) -> Tensor:
+    def source(self, images: ImageFeatures) -> Tensor:
+        _, merged = self.merged(images)
+        return (merged.in_raster_order() if self.settings.restore_order else merged).source
+
+    def merged(self, images: ImageFeatures) -> tuple[Tensor, TokenMerge]:
+        """(B, C, width) and what went where, by the tower's blocks or after it."""
         if self.settings.place == "after_tower":
-            features, merged = self.merge_features(images)
-        elif images.merged is not None:
-            features, merged = images.features, images.merged
-        else:
+            return self.merge_features(images)
+        if images.merged is None:
             raise ValueError("tome merges inside the vision tower; use compressors.apply(model, 'tome', ...)")
+        return images.features, images.merged
+
+    def before_llm(self, images: ImageFeatures) -> Tensor:
+        features, merged = self.merged(images)
         if self.settings.restore_order:
             features = in_raster_order(features, merged)
         return images.project(features)

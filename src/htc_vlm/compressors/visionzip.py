@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, check_count
-from htc_vlm.ops.merge import contextual_merge
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, TowerView, check_count
+from htc_vlm.ops.merge import ContextualMerge, contextual_merge
 from htc_vlm.ops.select import gather_tokens, keep_top
 
 
@@ -51,17 +52,32 @@ class VisionZip(AppliedOnly):
             )
         return int(n_dominant + n_contextual)
 
-    def before_llm(self, images: ImageFeatures) -> Tensor:
+    def choose(self, images: ImageFeatures) -> tuple[Tensor, Tensor, ContextualMerge, TowerView]:
+        """(B, n_dominant - 1) and (B, the other patches) places, what becomes of the others, and the tower's view."""
         if images.tower is None:
             raise ValueError("visionzip needs the tower's class token and keys; use compressors.apply")
         features, view = images.features, images.tower
         n_images, n_patches, _ = features.shape
         self.n_visual(n_patches)
-        dominant = keep_top(view.class_attention, self.settings.n_dominant - 1)  # (B, n_dominant - 1)
+        dominant = keep_top(view.class_attention, self.settings.n_dominant - 1)
         is_left = torch.ones(n_images, n_patches, dtype=torch.bool, device=features.device).scatter(1, dominant, False)
         left = is_left.nonzero()[:, 1].view(n_images, -1)
         contextual = contextual_merge(
             gather_tokens(features, left), gather_tokens(view.keys, left), self.settings.n_contextual
         )
+        return dominant, left, contextual, view
+
+    def source(self, images: ImageFeatures) -> Tensor:
+        """The class token comes first, from no patch."""
+        dominant, left, contextual, _ = self.choose(images)
+        n_images, n_patches, _ = images.features.shape
+        one_each = one_hot(dominant, n_patches).float()
+        merged = contextual.source.new_zeros(n_images, contextual.source.shape[1], n_patches)
+        merged = merged.scatter(2, left[:, None].expand_as(contextual.source), contextual.source)
+        return torch.cat((torch.zeros_like(one_each[:, :1]), one_each, merged), dim=1)
+
+    def before_llm(self, images: ImageFeatures) -> Tensor:
+        features = images.features
+        dominant, _, contextual, view = self.choose(images)
         tokens = (view.class_feature.to(features.dtype), gather_tokens(features, dominant), contextual.tokens)
         return images.project(torch.cat(tokens, dim=1))

@@ -46,6 +46,7 @@ class Applied:
             if method.merges_in_tower:
                 self.tower_run = TowerRun(method.tower_merges(n_patches, n_blocks))
         self._n_given: int | None = None
+        self._images: compressors.ImageFeatures | None = None  # the last ones, of which `source` can be computed
 
     @property
     def changes_features(self) -> bool:
@@ -62,19 +63,26 @@ class Applied:
     @property
     def source(self) -> Tensor | None:
         """(I, C, P) which patches went into each token that reached the last layer (FastV, PyramidDrop, SparseVLM), or
-        the language model (ToMe in the tower); rows of shares or of 0 and 1. None: not noted, or no image yet."""
-        if self.drop_run is not None:
-            return self.drop_run.source
-        if self.tower_run is not None and self.tower_run.merged is not None:
-            return self.tower_run.of_patches().source
-        return None
+        the language model (methods before it); rows of shares or of 0 and 1. None: no image yet."""
+        sources = self.sources
+        return sources[max(sources)] if sources else None
 
-    def give(self, tokens: Tensor, n_patches: int) -> BaseModelOutputWithPooling:
+    @property
+    def sources(self) -> dict[int, Tensor]:
+        """Layer -> (I, C, P), `source` of the tokens that enter it, for layer 0 and each where tokens left."""
+        if self.drop_run is not None:
+            return self.drop_run.sources
+        found = None if self._images is None else self.method.source(self._images)
+        return {} if found is None else {0: found}
+
+    def give(self, images: compressors.ImageFeatures) -> BaseModelOutputWithPooling:
         """(I, C, D) for the language model, if they are as many as promised."""
+        tokens = self.method.before_llm(images)
+        n_patches = images.features.shape[1] if images.merged is None else images.merged.destination.shape[1]
         promised = self.method.n_visual(n_patches)
         if tokens.shape[1] != promised:
             raise ValueError(f"{self.method.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
-        self._n_given = promised
+        self._n_given, self._images = promised, images
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(tokens))
 
 
@@ -140,6 +148,7 @@ def check(model: Any, method: Compressor) -> None:
             "(htc_vlm.load), apply is for methods without"
         )
     method.schedule(n_patches(model.config), len(model.model.language_model.layers))
+    method.check_heads(model.config.text_config.num_attention_heads)
 
 
 class Socketed(LlavaModel):
@@ -179,8 +188,7 @@ class Socketed(LlavaModel):
             )
         else:
             raise ValueError("no image: give pixel_values")
-        before = images.features.shape[1] if images.merged is None else images.merged.destination.shape[1]
-        return applied.give(method.before_llm(images), before)
+        return applied.give(images)
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         applied: Applied = self.__dict__[STATE]

@@ -56,7 +56,12 @@ class DropRun:
         self.method = method
         self.past: WeakKeyDictionary[Cache, Past] = WeakKeyDictionary()
         self.schedule: list[int] | None = None
-        self.source: Tensor | None = None  # (I, tokens of an image at the last layer, P), which patch is in which
+        self.sources: dict[int, Tensor] = {}  # layer -> (I, tokens of an image that enter it, P), which patch is in which
+
+    @property
+    def source(self) -> Tensor | None:
+        """The last of `sources`; None before the first image."""
+        return self.sources[max(self.sources)] if self.sources else None
 
 
 class Dropping(nn.Module):
@@ -125,10 +130,10 @@ class Dropping(nn.Module):
         check_empty_dynamic(run.method, cache)
         rows = first_rows(run.method, states, attention_mask, position_ids, image, prompt_length)
         n_layers = len(self.layers)
-        n_patches = image_columns(rows).shape[1]
+        n_images, n_patches = image_columns(rows).shape
         drops = {drop.layer: drop for drop in run.method.drops(n_patches, n_layers)}
         first = previous = rows
-        log = RunLog(n_patches, source=torch.eye(n_patches, device=states.device))
+        log = RunLog(n_patches, torch.eye(n_patches, device=states.device).expand(n_images, -1, -1))
         for index, layer in enumerate(self.layers):
             if index in drops:
                 rows = self._drop(rows, previous, drops[index], cache, log)
@@ -143,7 +148,7 @@ class Dropping(nn.Module):
             leaving = self._layer(layer, rows.states, mask, rotary, cache, kwargs)
             rows = replace(rows, states=leaving)
         check_promise(run.method, log.schedule, n_patches)
-        run.schedule, run.source = log.schedule, log.source
+        run.schedule, run.sources = log.schedule, log.sources
         if cache is not None:
             run.past[cache] = Past(states.shape[1], tuple(log.is_real), tuple(log.shift))
         return BaseModelOutputWithPast(last_hidden_state=self.norm(rows.states), past_key_values=cache)
@@ -166,7 +171,7 @@ class Dropping(nn.Module):
         decision = method.after_layer(drop.layer - 1, seen)
         if decision is None:
             return rows
-        log.source = provenance(log.source, decision)
+        log.sources[drop.layer] = provenance(log.sources[max(log.sources)], decision)
         return shrink(rows, decision, columns, drop.renumber)
 
     def _attention_rows(self, layer: Any, rows: Rows, keys: Tensor) -> QueryRows:
@@ -293,7 +298,8 @@ class RunLog:
     """What is noted while a prompt runs."""
 
     def __init__(self, n_patches: int, source: Tensor) -> None:
-        self.n_patches, self.source = n_patches, source
+        self.n_patches = n_patches
+        self.sources = {0: source}
         self.is_real: list[Tensor] = []
         self.shift: list[Tensor] = []
         self.schedule: list[int] = []

@@ -118,9 +118,7 @@ def shrink(rows: Rows, decision: Keep | Merge, columns: Tensor, renumber: bool) 
 
 
 def provenance(source: Tensor, decision: Keep | Merge) -> Tensor:
-    """source (P, P) or (I, n_before, P) -> (I, n_now, P): the share of each patch's place in each token."""
+    """source (I, n_before, P) -> (I, n_now, P): the share of each patch's place in each token."""
     if isinstance(decision, Merge):
         return decision.weights @ source
-    if source.ndim == 2:
-        return source[decision.positions]
     return gather_tokens(source, decision.positions)

@@ -184,14 +184,19 @@ def sparse_vlm(n_patches: int, n_layers: int, settings: SparseVlmSettings) -> li
 
     >>> sparse_vlm(576, 5, SparseVlmSettings((1, 3), (300, 200)))
     [576, 576, 309, 309, 204]
+
+    Where all are kept none is recycled:
+
+    >>> sparse_vlm(576, 3, SparseVlmSettings((1,), (576,)))
+    [576, 576, 576]
     """
     if len(settings.layers) != len(settings.keep):
         raise ValueError(f"layers {settings.layers} and keep {settings.keep} must be equally long")
     entering, now = [], n_patches
     for layer, keep in zip(settings.layers, settings.keep, strict=True):
-        if not 1 <= keep < now:
-            raise ValueError(f"SparseVLM cannot keep {keep} of {now} tokens at layer {layer}; give 1 to {now - 1}")
-        now = keep + (n_recycled(now - keep) if settings.recycle else 0)
+        if not 1 <= keep <= now:
+            raise ValueError(f"SparseVLM cannot keep {keep} of {now} tokens at layer {layer}; give 1 to {now}")
+        now = keep + (n_recycled(now - keep) if settings.recycle and keep < now else 0)
         entering.append(now)
     return _drop(n_patches, n_layers, [layer + 1 for layer in settings.layers], entering)
 
