@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "turn LLaVA and MGVQ checkpoints into an HTC-VLM checkpoint",
     "probe": "read what the bottleneck token has kept",
     "heatmap": "draw what the bottleneck token looked at",
+    "provenance": "draw which patch went into which token",
     "cost": "count tokens, FLOPs and bytes of a method",
 }
 
