@@ -83,3 +83,14 @@ def test_a_thin_picture_is_refused_before_it_fills_the_memory(tmp_path: Path) ->
     with pytest.raises(ImageError, match="thin.png: 60000 x 1 pixels, padded to a square, exceed"):
         load_for_model(tmp_path / "thin.png")
     assert load_for_model(tmp_path / "thin.png", max_pixels=60_000**2).size == (60_000, 1)
+
+
+@pytest.mark.parametrize("n_questions", [1, 4])
+def test_a_static_cache_gives_the_same_answers(n_questions: int) -> None:
+    """One picture asked often, and several pictures."""
+    model, processor = tiny.loaded(METHODS["htc"])
+    dynamic, static = Answerer(model, processor), Answerer(model, processor, cache="static")
+    questions = (QUESTIONS * 2)[:n_questions]
+    cells = dynamic.encode([tiny.noise(i) for i in range(2)])
+    for which in ([1] * n_questions, [i % 2 for i in range(n_questions)]):
+        assert static.ask(cells, which, questions, 3) == dynamic.ask(cells, which, questions, 3)

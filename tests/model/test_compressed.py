@@ -129,3 +129,58 @@ def test_cells_kept_in_half_precision_still_answer(kv: CompressedImages) -> None
     full = model(**prompt, compressed=kv[0]).logits
     half = model(**prompt, compressed=kv[0].to(torch.bfloat16)).logits
     assert half.dtype == full.dtype and 0 < (half - full).abs().max() < 1
+
+
+QUESTIONS = [[4, 5, 6], [7, 8, 9, 10, 11], [12]]  # left-padded when batched
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {"max_cache_len": 40}])
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_static_cache_answers_as_a_dynamic_one(kv: CompressedImages, options: dict[str, int], shares: bool) -> None:
+    """Entries that are reserved but not yet written must not be seen; three images, or one for all, beams included."""
+    model, images = shared(VOCO), kv[0] if shares else kv
+    given = {**batch(QUESTIONS), "compressed": images, "max_new_tokens": 6, "do_sample": False, **options}
+    static = model.generate(**given, cache_implementation="static")
+    given.pop("max_cache_len", None)
+    dynamic = model.generate(**given)
+    assert static.equal(dynamic)
+    assert len({tuple(row) for row in dynamic[:, -6:].tolist()}) > 1
+
+
+@pytest.mark.slow
+def test_a_static_cache_decodes_as_one_compiled_graph(kv: CompressedImages) -> None:
+    """What a GPU gets: transformers compiles the decoding step. A graph break or a second compilation costs the gain."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    model = build(VOCO)
+    given = {**batch(QUESTIONS), "compressed": kv, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**given)
+    settings = CompileConfig(backend="eager", fullgraph=True)
+    settings.mode, settings._compile_all_devices = None, True  # type: ignore[assignment]
+    counters.clear()
+    assert model.generate(**given, cache_implementation="static", compile_config=settings).equal(expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_caches_that_cannot_be_are_refused(kv: CompressedImages) -> None:
+    """A cache that was asked for and silently not used."""
+    model = shared(VOCO)
+    with pytest.raises(ValueError, match="cache_implementation is 'quantized'.*'dynamic', 'static'"):
+        model.generate(**batch([[5, 6]]), compressed=kv[0], max_new_tokens=2, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="reserved at once; give max_new_tokens"):
+        model.generate(**batch([[5, 6]]), compressed=kv[0], cache_implementation="static")
+    amid = batch([[5, *[BOTTLENECK] * 3, 6]])
+    with pytest.raises(ValueError, match="images amid the text need cache_implementation='dynamic'"):
+        model.generate(**amid, compressed=kv[0], max_new_tokens=2, cache_implementation="static")
+
+
+def test_questions_about_one_image_share_its_cells(kv: CompressedImages) -> None:
+    """A copy per question; and a first pass that writes into what is shared."""
+    model, before = shared(VOCO), kv.cells.clone()
+    inputs = model._inputs_over_cells(**batch(QUESTIONS), compressed=kv[1])
+    layer = inputs["past_key_values"].layers[2]
+    assert layer.values.shape == (3, 2, 3, 8)
+    assert layer.keys.stride(0) == layer.values.stride(0) == 0
+    model.generate(**batch(QUESTIONS), compressed=kv[1], max_new_tokens=3, do_sample=False)
+    assert kv.cells.equal(before)

@@ -91,3 +91,11 @@ def test_what_does_not_add_up_is_refused(arguments: dict[str, Any], message: str
     """Answers about the wrong picture."""
     with pytest.raises(ValueError, match=message):
         placed(**arguments)
+
+
+def test_prompts_that_read_one_image_at_one_place_are_known_to_be_alike() -> None:
+    """One copy of the cells will do for them, and for no others."""
+    assert placed([[B, 5], [B, 6, 7]], 1).alike and placed([[5], [6]], 1).alike and placed([[5, B, 6], [7, B, 4]], 1).alike
+    assert not placed([[B, 5], [4, B, 6]], 1).alike  # another place
+    assert not placed([[B, 5], [6]], 1).alike  # a prompt without an image
+    assert not placed([[B, 5], [B, 6]], 2).alike  # other images

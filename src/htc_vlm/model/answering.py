@@ -31,10 +31,15 @@ class AskLike(Protocol):
 
 
 class Answerer:
-    """Greedy answers. Pictures are encoded once (compressed where the model can) and shared by their questions."""
+    """Greedy answers. Pictures are encoded once (compressed where the model can) and shared by their questions.
 
-    def __init__(self, model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor) -> None:
-        self.model, self.processor = model, processor
+    cache: "dynamic" or "static", for answers from compressed pictures: see `generate`'s cache_implementation.
+    """
+
+    def __init__(
+        self, model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor, cache: str = "dynamic"
+    ) -> None:
+        self.model, self.processor, self.cache = model, processor, cache
         self._last: tuple[str, Any] | None = None
 
     def answer(
@@ -92,8 +97,9 @@ class Answerer:
         is_compressed = isinstance(encoded, CompressedImages)
         inputs = self.inputs(questions, is_compressed)
         images: dict[str, Any]
-        if isinstance(encoded, CompressedImages):
-            images = {"compressed": encoded if len(encoded) == 1 else encoded[list(which)]}
+        if isinstance(encoded, CompressedImages):  # one picture for all questions is shared; several are gathered
+            one = encoded[which[0]] if len(set(which)) == 1 else None
+            images = {"compressed": encoded[list(which)] if one is None else one, "cache_implementation": self.cache}
         else:
             images = {"patch_features": encoded[list(which)]}
         options: dict[str, Any] = {**inputs, **images}

@@ -51,7 +51,7 @@ class Watch:
         modules = list(model.modules())
         self._children = [(part._modules, _ids(part._modules)) for part in modules if part._modules]
         self._weights = [
-            (part._parameters, len(part._parameters), [(name, *_state(p)) for name, p in _own(part)])
+            (part._parameters, len(part._parameters), [(name, _state(p)) for name, p in part._parameters.items()])
             for part in modules
             if part._parameters
         ]
@@ -64,9 +64,12 @@ class Watch:
         for parameters, n_parameters, kept in self._weights:
             if len(parameters) != n_parameters:
                 return False
-            for name, reference, version, pointer in kept:
+            for name, state in kept:
                 now = parameters.get(name)
-                if now is None or reference() is not now or now._version != version or now.data_ptr() != pointer:
+                if state is None or now is None:  # a linear layer without bias has its place for one
+                    if state is not now:
+                        return False
+                elif state[0]() is not now or now._version != state[1] or now.data_ptr() != state[2]:
                     return False
         return True
 
@@ -75,12 +78,8 @@ def _ids(children: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(id, children.values()))
 
 
-def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module._parameters.items() if p is not None]
-
-
-def _state(parameter: nn.Parameter) -> tuple[weakref.ref[nn.Parameter], int, int]:
-    return weakref.ref(parameter), parameter._version, parameter.data_ptr()
+def _state(parameter: nn.Parameter | None) -> tuple[weakref.ref[nn.Parameter], int, int] | None:
+    return None if parameter is None else (weakref.ref(parameter), parameter._version, parameter.data_ptr())
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Watch, str, str]] = weakref.WeakKeyDictionary()

@@ -7,9 +7,7 @@ Differs: training runs the paper's one masked pass; inference runs two (compress
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +23,8 @@ from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.model import fast_compress, sockets
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig, n_patches
-from htc_vlm.model.fusing import ImagesToFuse, fuse
 from htc_vlm.model.fingerprint import fingerprint
+from htc_vlm.model.fusing import ImagesToFuse, fuse
 from htc_vlm.model.placing import Placed, place
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
@@ -187,15 +185,15 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             fused = self._fused(input_ids, given, attention_mask, past_key_values, question_ids, is_answer)
             if fused is not None:
                 ids, inputs_embeds, mm_encoder_outputs = None, fused, None
-        n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if n_past and cell_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
+        has_past = past_key_values is not None and sockets.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
+        if has_past and cell_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             if position_ids is None:
                 raise ValueError("images amid the text need position_ids beside cell_positions; use compressed=...")
             attention_mask = sockets.mask_over_cells(
                 self.language_model.config, like, attention_mask, past_key_values, position_ids, cell_positions
             )
-        elif not n_past and (self.compressor.n_bottleneck or question_ids is not None):
+        elif not has_past and (self.compressor.n_bottleneck or question_ids is not None):
             attention_mask, position_ids = self._masked_pass(
                 input_ids, inputs_embeds, attention_mask, position_ids, question_ids, past_key_values, kwargs
             )
@@ -346,6 +344,15 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         return int(self.config.bottleneck_token_id)
 
 
+@dataclass(frozen=True)
+class Reserve:
+    """Room of a static cache: so many new tokens, at least so many entries in all, so many rows of each prompt."""
+
+    n_new: int
+    n_least: int
+    n_copies: int
+
+
 class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
     """The model to train, compress with, and ask. Any LLaVA checkpoint loads unchanged (`compressor: none`)."""
 
@@ -479,6 +486,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         """As transformers' generate. With a bottleneck method images are compressed first, then answered from cells.
 
         compressed: images compressed before, instead of pixel_values; `placing.place` says how prompts refer to them.
+        cache_implementation: "dynamic" (default) grows with each token; "static" reserves max_new_tokens (or
+        max_cache_len) at once, which transformers then compiles the decoding for, on a GPU. On a CPU it does not pay:
+        every step attends to the whole reserve, and nothing is compiled.
         Returned sequences start with the prompt as it was given.
         """
         bottleneck = self.model.compressor.n_bottleneck
@@ -503,21 +513,42 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if prompt is None:
             raise ValueError("generate needs input_ids (the question); got images only")
-        inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed)
-        n_copies = self._n_copies(args, kwargs)
-        if n_copies > 1:
+        reserve, n_copies = self._reserve(args, kwargs), self._n_copies(args, kwargs)
+        inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed, reserve)
+        if n_copies > 1 and reserve is None:
             inputs_over_cells["past_key_values"].batch_repeat_interleave(n_copies)
         out = super().generate(None, *args, **inputs_over_cells, **kwargs)
         return _with_prompt(out, prompt, n_placed=inputs_over_cells["input_ids"].shape[1])
 
+    def _reserve(self, args: tuple, kwargs: dict[str, Any]) -> Reserve | None:
+        """What a static cache must have room for; None for a dynamic one. Takes `cache_implementation` and
+        `max_cache_len` out of `kwargs`: generate gets a ready-made cache."""
+        kind, n_least = kwargs.pop("cache_implementation", None), kwargs.pop("max_cache_len", None)
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation is {kind!r}; over compressed images: 'dynamic', 'static'")
+        if kind != "static":
+            return None
+        config = self._generation_config(args, kwargs)
+        n_new = kwargs.get("max_new_tokens") or config.max_new_tokens
+        if n_new is None:
+            raise ValueError("a static cache is reserved at once; give max_new_tokens")
+        return Reserve(int(n_new), int(n_least or config.max_cache_len or 0), self._n_copies(args, kwargs))
+
+    def _generation_config(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+
     def _n_copies(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """How many rows generate will make of each prompt (beams, return sequences)."""
-        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        config = self._generation_config(args, kwargs)
         counts = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
         return max(counts)
 
     def _inputs_over_cells(
-        self, input_ids: Tensor, attention_mask: Tensor | None, compressed: CompressedImages
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        compressed: CompressedImages,
+        reserve: Reserve | None = None,
     ) -> dict[str, Any]:
         """Prompts and compressed images -> what a forward pass or generate needs to run the text over the cells."""
         self._need_bottleneck()
@@ -535,13 +566,21 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         keys, values = self._gather_cells(placed, compressed)
         batch, n_cells = placed.is_slot.shape[0], keys.shape[3]
         is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
+        config = self.model.language_model.config
+        if reserve is None:
+            cache: Cache = sockets.cache_from_cells(keys, values, batch, config)
+        elif placed.interleaved:
+            raise ValueError("images amid the text need cache_implementation='dynamic', or put the images first")
+        else:
+            n_entries = max(n_cells + placed.text_ids.shape[1] + reserve.n_new, reserve.n_least)
+            cache = sockets.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)
         out = {
             "input_ids": torch.cat(
                 (placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1
             ),
             "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
             "position_ids": placed.text_position,
-            "past_key_values": sockets.cache_from_cells(keys, values, batch, self.model.language_model.config),
+            "past_key_values": cache,
         }
         if placed.interleaved:
             steps = torch.arange(compressor.n_bottleneck, device=keys.device)
@@ -556,10 +595,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             image, position = image[:1], position[:1]
         embedding = self.get_input_embeddings().weight
         cells = compressed.cells.to(embedding.device, embedding.dtype)
-        if placed.alike and len(compressed) == 1:  # no copy
-            chosen = cells
-        else:
-            chosen = cells[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
+        chosen = cells if placed.alike else cells[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
         inv_freq = self.model.language_model.rotary_emb.inv_freq
         keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(cells.device), position.flatten())
         return _join_slots(keys, image.shape[1]), _join_slots(chosen[:, :, 1], image.shape[1])

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
@@ -92,6 +92,31 @@ def cache_from_cells(keys: Tensor, values: Tensor, batch: int, config: PreTraine
         else:
             layer.update(key, value)
     return cache
+
+
+def static_cache_from_cells(
+    keys: Tensor, values: Tensor, batch: int, n_copies: int, n_entries: int, config: PreTrainedConfig
+) -> StaticCache:
+    """As `cache_from_cells`, but all `n_entries` of each row are reserved now; the cells are copied into every row.
+
+    n_copies: rows of each prompt (beams, return sequences); the cache has batch * n_copies.
+    """
+    cache = StaticCache(config=config, max_cache_len=n_entries)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not StaticLayer:
+            raise ValueError(
+                f"layer {i} of this decoder keeps a {type(layer).__name__}; use cache_implementation='dynamic'"
+            )
+        key, value = keys[:, i].expand(batch, -1, -1, -1), values[:, i].expand(batch, -1, -1, -1)
+        layer.update(key.repeat_interleave(n_copies, dim=0), value.repeat_interleave(n_copies, dim=0))
+    return cache
+
+
+def has_past(cache: Cache, n_new: int) -> bool:
+    """Does the cache hold anything before these n_new tokens? A static cache counts on the device; asking it in each
+    step of decoding would wait for the device, and one new token always has a past."""
+    length = cache.get_seq_length()
+    return (n_new == 1 or bool(length > 0)) if isinstance(length, Tensor) else length > 0
 
 
 def cells_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
