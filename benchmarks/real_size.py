@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from real_size import asking, compressing, learning, shapes
 from real_size.bench import Bench
-from real_size.clock import Ceilings, Journal, measure_ceilings
+from real_size.clock import Journal, measure_ceilings
+from real_size.floors import Ceilings
 
 PARTS = {"compress": compressing.measure, "ask": asking.measure, "train": learning.measure}
 

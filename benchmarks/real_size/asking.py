@@ -18,7 +18,8 @@ from htc_vlm.model.loading import uncompressed_twin
 from htc_vlm.ops import rope
 from htc_vlm.ops.cost import cache_bytes, count_flops, decode_flops, prefill_flops
 from real_size.bench import Bench
-from real_size.clock import Journal, Work, captured, entry, time_in_turn
+from real_size.clock import Journal, captured, entry, time_in_turn
+from real_size.floors import Work
 
 AS_IF_GIB = 80  # of a card, where the largest batch is computed and not tried
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from htc_vlm.model import HtcVlmForConditionalGeneration
 from htc_vlm.ops.cost import DecoderShape
-from real_size.clock import Ceilings, Work, captured, entry, relative_difference, time_in_turn
+from real_size.clock import captured, entry, relative_difference, time_in_turn
+from real_size.floors import Ceilings, Work
 from real_size.shapes import Shape, dtype_of
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htc_vlm.model import sockets
-from htc_vlm.ops.cost import DecoderShape, count_flops, prefill_flops
+from htc_vlm.model import fast_compress, sockets
+from htc_vlm.ops.cost import count_flops, fast_compress_flops, prefill_flops
 from htc_vlm.tokens import TokenLayout
 from real_size.bench import Bench, bytes_of
-from real_size.clock import Journal, Work, entry, relative_difference, time_in_turn
+from real_size.clock import Journal, entry, relative_difference, time_in_turn
+from real_size.floors import Work
 
 
 def measure(bench: Bench, journal: Journal) -> None:
@@ -56,26 +57,6 @@ def causal(bench: Bench, batch: int) -> Callable[[], Tensor]:
     return call
 
 
-def least_flops(decoder: DecoderShape, n_visual: int, n_bottleneck: int) -> int:
-    """FLOPs of one image that cannot be left out when visual tokens see only themselves: keys, values, output and MLP of every
-    token, queries and attention of the bottleneck alone; of the last layer its keys and values.
-
-    One layer of width 4 with one head keeps 3 tokens' keys and values, 2 * (2 * 4 * 4) each; two layers add the first one's:
-
-    >>> one = DecoderShape(width=4, mlp_width=1, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, n_vocabulary=9)
-    >>> two = DecoderShape(**{**vars(one), "n_layers": 2})
-    >>> least_flops(one, 2, 1), least_flops(two, 2, 1) - least_flops(one, 2, 1) == 3 * (96 + 24) + 32 + 4 * 1 * 3 * 4
-    (192, True)
-    """
-    n = n_visual + n_bottleneck
-    keys_values = 4 * decoder.width * decoder.n_kv_heads * decoder.head_dim
-    output = query = 2 * decoder.width * decoder.n_heads * decoder.head_dim
-    mlp = 6 * decoder.width * decoder.mlp_width
-    attention = 4 * n_bottleneck * n * decoder.n_heads * decoder.head_dim
-    layer = n * (keys_values + output + mlp) + n_bottleneck * query + attention
-    return (decoder.n_layers - 1) * layer + n * keys_values
-
-
 @torch.no_grad()
 def at_batch(bench: Bench, batch: int) -> dict[str, Any]:
     """Milliseconds, images/s and floors of one batch."""
@@ -105,7 +86,7 @@ def at_batch(bench: Bench, batch: int) -> dict[str, Any]:
         **plain,
         "fast_vs_general_difference": difference,
         "flops_computed": {
-            "fast": batch * least_flops(bench.decoder, bench.n_visual, bench.n_bottleneck),
+            "fast": batch * fast_compress_flops(bench.decoder, bench.n_visual, bench.n_bottleneck),
             "dense_masked": batch * prefill_flops(bench.decoder, [masked] * n_layers, n_text=0),
             "causal_patches": batch * prefill_flops(bench.decoder, [patches] * n_layers, n_text=0),
             "causal_patches_half_counted": batch * prefill_flops(bench.decoder, [patches] * n_layers, n_text=0, causal=True),
@@ -155,16 +136,22 @@ def shares(bench: Bench, batch: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compiled(bench: Bench, batch: int) -> dict[str, Any]:
-    """The fast path under torch.compile: what fusing its element-wise steps gains, and what compiling costs."""
-    inner = bench.model.model
+def compiled(bench: Bench, batch: int, backend: str = "inductor") -> dict[str, Any]:
+    """The fast path with its layer under torch.compile (one graph serves all layers): what fusing element-wise steps gains."""
     visual = bench.random(batch, bench.n_visual, bench.decoder.width)
-    expected = inner.compress_visual(visual, path="auto")
-    flops = count_flops(lambda: inner.compress_visual(visual, path="auto"))
-    call = torch.compile(lambda: inner.compress_visual(visual, path="auto"), dynamic=False)
-    first_s = time_in_turn({"compile": call}, bench.device, warmup=0, repeats=1)["compile"][0] / 1000
-    difference = relative_difference(call(), expected)
-    times = time_in_turn({"compiled": call}, bench.device, bench.shape.warmup, bench.shape.repeats)["compiled"]
+
+    def call() -> Tensor:
+        return bench.model.model.compress_visual(visual, path="fast")
+
+    expected, flops = call(), count_flops(call)
+    plain = fast_compress._layer
+    fast_compress._layer = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
+    try:
+        first_s = time_in_turn({"compile": call}, bench.device, warmup=0, repeats=1)["compile"][0] / 1000
+        difference = relative_difference(call(), expected)
+        times = time_in_turn({"compiled": call}, bench.device, bench.shape.warmup, bench.shape.repeats)["compiled"]
+    finally:
+        fast_compress._layer = plain
     one = entry(times, Work(flops, bench.layer_bytes), bench.ceilings, difference_from_plain=difference, first_call_s=first_s)
     one["images_per_s"] = 1000 * batch / one["ms"]
     return one

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from htc_vlm.ops.cost import flop_counter
 from real_size.bench import Bench
-from real_size.clock import Journal, Work, entry, time_in_turn
+from real_size.clock import Journal, entry, time_in_turn
+from real_size.floors import Work
 
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 BACKENDS = ("sdpa", "flex_attention")

@@ -61,7 +61,7 @@ SHAPES = {
 _SMALLER: dict[str, dict[str, Any]] = {
     "small": {
         "vision": {"image_size": 336, "patch_size": 14, "hidden_size": 256, "intermediate_size": 1024, "layers": 4, "heads": 4},
-        "text": {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2752, "layers": 4, "heads": 8},
+        "text": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "layers": 8, "heads": 4},
         "quantizer": {"preset": "tiny", "image_size": 336},
     },
     "tiny": {
