@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from htc_vlm.analysis.heatmap import bottleneck_maps, draw, overlay
+from htc_vlm.analysis.heatmap import BottleneckMaps, Look, bottleneck_maps, draw, draw_rows, look, overlay, shares
+from htc_vlm.model import sockets
+from htc_vlm.model.answering import Answerer
 
 from .. import tiny_runs as tiny
 
@@ -72,6 +74,48 @@ def test_asking_for_the_maps_changes_nothing() -> None:
     bottleneck_maps(model, images)
     after = model.compress(pixel_values=images)
     assert torch.equal(before.cells, after.cells) and before.fingerprint == after.fingerprint
+
+
+def test_the_maps_are_of_the_cells_that_questions_are_answered_from() -> None:
+    """Maps of another pass than the evaluated one would explain a model that nobody asked."""
+    model, processor = tiny.loaded(tiny.HTC)
+    images = pixels(tiny.HTC)
+    evaluated = model.compress(pixel_values=images)
+    with torch.no_grad():
+        run, _ = model.model.compress_pass(model.visual_tokens(images), output_hidden_states=True)  # what the maps read
+    torch.testing.assert_close(sockets.cells_from_cache(run.past_key_values, 1), evaluated.cells, atol=1e-5, rtol=1e-4)
+    answerer = Answerer(model, processor)
+    before = answerer.answer("a", lambda: tiny.noise(0), tiny.QUESTIONS, 4)
+    look("", model, processor, [tiny.noise(0)])
+    assert Answerer(model, processor).answer("a", lambda: tiny.noise(0), tiny.QUESTIONS, 4) == before
+
+
+def test_shares_are_means_over_pictures_and_sums_over_tokens() -> None:
+    """By hand: two pictures, one layer; anchors 0.4 and 0.2, patches 0.4 and 0.6, itself 0.2 both."""
+    maps = BottleneckMaps(
+        anchors=torch.tensor([[[0.3, 0.1]], [[0.1, 0.1]]]),
+        patches=torch.tensor([[[[0.1, 0.1], [0.1, 0.1]]], [[[0.3, 0.1], [0.1, 0.1]]]]), own=torch.full((2, 1), 0.2),
+    )  # fmt: skip
+    assert {name: pytest.approx(row) for name, row in shares(maps).items()} == {
+        "anchors": [0.3], "patches": [0.5], "bottleneck": [0.2],
+    }  # fmt: skip
+
+
+def test_figure_3_has_a_panel_per_layer_and_model(tmp_path: Path) -> None:
+    """And models of different depth have no layers to compare."""
+    pictures = [tiny.noise(0), tiny.noise(1)]
+    one = look("htc", *tiny.loaded(tiny.HTC), pictures)
+    heights, widths = [], []
+    for looks in ([one], [one, look("voco", *tiny.loaded(tiny.VOCO), pictures)]):
+        draw_rows(looks, ["a", "b"], tmp_path / "rows.png")
+        with Image.open(tmp_path / "rows.png") as drawn:
+            widths.append(drawn.size[0])
+            heights.append(drawn.size[1])
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.1) and heights[0] == heights[1]
+    twice = [torch.cat((part, part), 1) for part in (one.maps.anchors, one.maps.patches, one.maps.own)]
+    deeper = Look("deeper", BottleneckMaps(*twice))
+    with pytest.raises(ValueError, match=r"\[2, 4\] layers"):
+        draw_rows([one, deeper], ["a", "b"], tmp_path / "rows.png")
 
 
 def test_the_overlay_lies_over_the_padded_picture() -> None:
