@@ -215,3 +215,11 @@ def test_seeds_and_options_are_checked() -> None:
         train_and_eval.wanted_runs([Path("experiments/defaults.yaml")], [0], [])
     with pytest.raises(ValueError, match="--parallel is 0"):
         train_and_eval.run(["experiments/table1/htc.yaml", "--parallel", "0"])
+
+
+@pytest.mark.gpu
+def test_a_row_runs_on_a_gpu(study: Path) -> None:
+    """Features, codes, training and answers all move to the device; one that stays behind is an error there."""
+    more = ("--device", "cuda", "--cache", str(study / "cache"))
+    assert train_and_eval.run(arguments(study, "table1/htc", "table2/fastv", more=more)) == 0
+    assert result(study, "table1/htc")["device"] != "cpu" and result(study, "table2/fastv")["schedule"] == [4, 2]

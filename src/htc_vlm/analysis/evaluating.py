@@ -35,7 +35,7 @@ from htc_vlm.train.setup import code_key
 N_TIMED, N_TIMINGS = 32, 5  # questions in the timed batch, and how often it is run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskSet:
     """The questions that a study asks of one task. images: keys in order of first appearance."""
 
@@ -130,12 +130,12 @@ class SharedAnswerer(Answerer):
     def __init__(self, model: Any, processor: Any, tests: TaskSet, cache: FeatureCache, codes: np.ndarray | None) -> None:
         super().__init__(model, processor)
         self.number = {image: i for i, image in enumerate(tests.images)}
-        self.cache, self.codes = cache, codes
+        self.features, self.codes = cache, codes
         self.cells = self._all_cells() if model.model.compressor.n_bottleneck else None
 
-    def inputs_of(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def inputs_of(self, numbers: Sequence[int]) -> dict[str, Any]:
         """What the model needs of these pictures."""
-        return image_inputs(self.model, self.cache, self.codes, numbers)
+        return image_inputs(self.model, self.features, self.codes, numbers)
 
     def _all_cells(self, batch_size: int = 64) -> CompressedImages:
         """No batch of one image: codes could not be exchanged there (anchor_source: shuffled)."""

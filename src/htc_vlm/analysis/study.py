@@ -170,7 +170,7 @@ def training_config(experiment: Experiment, seed: int, work: Path) -> dict[str, 
             raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
         out["quantizer"] = code_identity(quantizer_of(experiment.mgvq, work))
     if experiment.start is None:
-        out |= {"vision": preset.get("vision"), "text": preset.get("text")}
+        out |= {name: preset.get(name) for name in ("vision", "text", "words")}
     return out
 
 
@@ -315,10 +315,13 @@ def prepare(jobs: Sequence[Job], study: Study) -> None:
         if key in seen or job.impossible:
             continue
         seen.add(key)
+        model = starting_model(job, study)
         for tests in task_sets(job.experiment, study).values():
             evaluating.with_baselines(tests, study.results)
+            evaluating.features_of(tests, model.model.vision_tower, study.cache)
+            evaluating.codes_of_tasks(tests, model, study.cache)
         if job.experiment.stage is not None:
-            _fill_training(job, starting_model(job, study), study)
+            _fill_training(job, model, study)
 
 
 def starting_model(job: Job, study: Study) -> Any:

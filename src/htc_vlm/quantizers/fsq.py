@@ -29,10 +29,9 @@ def finite_scalar(z: Tensor, levels: Sequence[int]) -> Tensor:
         raise ValueError(f"{z.shape[-1]} channels and levels {list(levels)}; give one number of at least 2 for each channel")
     halves, offsets, shifts = [], [], []
     for level in levels:
-        half, offset = (level - 1) * (1 + MARGIN) / 2, 0.5 if level % 2 == 0 else 0.0
-        halves.append(half)
-        offsets.append(offset)
-        shifts.append(math.atanh(offset / half))
+        halves.append((level - 1) * (1 + MARGIN) / 2)
+        offsets.append(0.5 if level % 2 == 0 else 0.0)
+        shifts.append(math.atanh(offsets[-1] / halves[-1]))
     half, offset, shift = (torch.tensor(numbers, dtype=z.dtype, device=z.device) for numbers in (halves, offsets, shifts))
     bounded = torch.tanh(z + shift) * half - offset
     rounded = bounded + (bounded.round() - bounded).detach()
