@@ -78,7 +78,19 @@ def retained(study: StudyTable) -> list[str]:
     if study.table.name == "table1":
         paper = ", ".join(f"{row.name} {row.mean.printed:.1f} %" for row in table1_rows())
         out.append(f"The paper's Table 1, recomputed from its scores: {paper}.")
+        out += _gain_beside_the_papers(study, columns)
     return out
+
+
+def _gain_beside_the_papers(study: StudyTable, columns: Sequence[str]) -> list[str]:
+    """HTC-VLM's retention minus VoCo-LLaMA's, here and in the paper."""
+    rows = {row.name: retention(study, row, columns) for row in study.rows if row.name in ("htc", "voco")}
+    htc, voco = rows.get("htc"), rows.get("voco")
+    if htc is None or voco is None:
+        return []
+    paper = {row.name: row.mean.printed for row in table1_rows()}
+    ours, theirs = htc[0].printed - voco[0].printed, paper["HTC"] - paper["VoCo"]
+    return [f"HTC-VLM minus VoCo-LLaMA, in points of retention: {ours:+.1f} here, {theirs:+.1f} in the paper."]
 
 
 def comparisons(study: StudyTable) -> list[str]:

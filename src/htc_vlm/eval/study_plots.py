@@ -52,13 +52,13 @@ def _scores(study: StudyTable, plt: Any) -> Any:
     for cell, name in lines:
         if cell is not None:
             left.axvline(cell.mean, color=GREY, linewidth=1, linestyle="-")
-            left.text(cell.mean, -0.75, name, ha="center", fontsize=7, color=GREY)
+            left.text(cell.mean, -0.8, f" {name} ", ha="left" if name == "lower" else "right", fontsize=7, color=GREY)
     blind = _reference(study, BLIND[0], columns)
     if blind is not None:
         left.axvline(blind, color=ACCENT, linewidth=1, linestyle=":")
-        left.text(blind, len(rows) - 0.3, "question only", ha="center", va="top", fontsize=7, color=ACCENT)
+        left.text(blind, len(rows) - 0.4, " question only", ha="left", va="center", fontsize=7, color=ACCENT)
     left.set_yticks(range(len(rows)), [row.title for row in rows], fontsize=8)
-    left.set(xlabel="mean over the columns, %", ylim=(len(rows) - 0.2, -0.9))
+    left.set(xlabel="mean over the columns, %", ylim=(len(rows) - 0.1, -1.2))
     left.grid(axis="x", alpha=0.25)
     _heat(right, study, rows, columns)
     return figure
