@@ -188,7 +188,8 @@ def first_token_table(parts: dict[str, Any]) -> str:
 def generate_table(parts: dict[str, Any]) -> str:
     part = parts.get("generate", {})
     entries = {key: one for case in part for key, one in measured(part, case).items()}
-    return entry_table("the same through `generate`", entries) if entries else ""
+    title = "the same, and whole answers, through `generate`"
+    return entry_table(title, entries, {"tokens/s": "tokens_per_s"}) if entries else ""
 
 
 def decode_table(parts: dict[str, Any]) -> str:

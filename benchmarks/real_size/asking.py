@@ -7,6 +7,7 @@ Differs: one forward pass each, from tensors that lie on the device; `generate` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def measure(bench: Bench, journal: Journal) -> None:
     journal.attempt("cache", "bytes", lambda: bytes_per_image(bench))
     for batch in bench.shape.ask_batches:
         journal.attempt("generate", f"b{batch}", lambda batch=batch: through_generate(bench, batch))
+    some = bench.shape.ask_batches[min(1, len(bench.shape.ask_batches) - 1)]
+    journal.attempt("generate", f"answers_b{some}", lambda: answers(bench, some))
     for batch in bench.shape.decode_batches:
         journal.attempt("decode", f"b{batch}", lambda batch=batch: decode(bench, batch))
     journal.attempt("decode", "largest_batch_by_bytes", lambda: largest_by_bytes(bench))
@@ -149,6 +152,32 @@ def through_generate(bench: Bench, batch: int) -> dict[str, Any]:
     }
     work = {name: Work(count_flops(call), bench.layer_bytes + bench.head_bytes) for name, call in calls.items()}
     return bench.time(calls, work, graphs=False)
+
+
+@torch.no_grad()
+def answers(bench: Bench, batch: int) -> dict[str, Any]:
+    """Whole answers of n_new tokens through `generate`, over a cache that grows and over a static one, which transformers
+    compiles the decoding for on a GPU (while warming up)."""
+    model, ids, n_new, decoder = bench.model, bench.question(batch), bench.shape.n_new, bench.decoder
+    cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.fingerprint(), bench.n_visual)
+    sides: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "from_cache": (model, {"compressed": cells}, bench.n_bottleneck), "text_only": (uncompressed_twin(model), {}, 0),
+    }  # fmt: skip
+    calls, work = {}, {}
+    for side, (asked, image, n_past) in sides.items():
+        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, **image}
+        options |= {"max_new_tokens": n_new, "min_new_tokens": n_new}
+        cached = [n_past] * decoder.n_layers
+        flops = prefill_flops(decoder, [0] * decoder.n_layers, bench.shape.n_question, n_logits=1, n_past=n_past)
+        flops += decode_flops(decoder, cached, bench.shape.n_question, n_new - 1)
+        for kind in ("dynamic", "static"):
+            calls[f"{side}_{kind}"] = partial(asked.generate, cache_implementation=kind, **options)
+            work[f"{side}_{kind}"] = Work(batch * flops, n_new * (bench.layer_bytes + bench.head_bytes))
+    times = time_in_turn(calls, bench.device, warmup=2, repeats=max(2, bench.shape.repeats // 3))
+    out = {name: entry(times[name], work[name], bench.ceilings) for name in calls}
+    for one in out.values():
+        one["tokens_per_s"] = 1000 * batch * n_new / one["ms"]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ cache

@@ -216,3 +216,20 @@ def test_examples_in_the_docstrings_run(script: ModuleType) -> None:
 
     tried = [doctest.testmod(module) for module in (script, floors)]
     assert all(one.failed == 0 and one.attempted for one in tried)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_graphs_and_the_search_for_the_largest_batch_run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Everything that only CUDA has, at a size of seconds: an error here would cost a run at real size."""
+    output = tmp_path / "tiny.json"
+    monkeypatch.setattr(sys, "argv", ["real_size.py", "--shape", "tiny", "--device", "cuda", "--output", str(output)])
+    assert script.main() == 0
+    found = json.loads(output.read_text())
+    first = found["parts"]["first_token"]["b1"]
+    for side in ("from_cache", "text_only", "uncompressed"):
+        assert first[f"{side}_graph"]["difference_from_plain"] < 1e-5
+    assert found["parts"]["decode"]["largest_batch_1_cached"]["rows"] > 1
+    assert not found["not_measured"]
