@@ -487,8 +487,9 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
 
         compressed: images compressed before, instead of pixel_values; `placing.place` says how prompts refer to them.
         cache_implementation: "dynamic" (default) grows with each token; "static" reserves max_new_tokens (or
-        max_cache_len) at once, which transformers then compiles the decoding for, on a GPU. On a CPU it does not pay:
-        every step attends to the whole reserve, and nothing is compiled.
+        max_cache_len) at once, which transformers then compiles the decoding for, on a GPU (not measured). On a CPU
+        nothing is compiled and each step attends to the whole reserve: 16 tokens of `tiny` took 1.03 times as long as
+        with "dynamic", 1.17 times with 256 entries reserved (CPU time, best of four on a busy machine).
         Returned sequences start with the prompt as it was given.
         """
         bottleneck = self.model.compressor.n_bottleneck
