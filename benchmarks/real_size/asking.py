@@ -22,6 +22,7 @@ from real_size.bench import Bench
 from real_size.clock import Journal, captured, entry, time_in_turn
 from real_size.floors import Work
 
+MOST_ROWS = 2**15  # tried as one batch
 AS_IF_GIB = 80  # of a card, where the largest batch is computed and not tried
 
 
@@ -299,7 +300,8 @@ def fits(bench: Bench, batch: int, n_prefix: int) -> bool:
 def largest_batch(bench: Bench, n_prefix: int) -> dict[str, Any]:
     """The largest batch that decodes, tried to within 2 %, and its speed."""
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    low, high = 0, free // bytes_per_row(bench, n_prefix) + 1  # `high` cannot fit: its cache alone does not
+    most = free // bytes_per_row(bench, n_prefix) + 1  # cannot fit: its cache alone does not
+    low, high = 0, min(most, MOST_ROWS)
     while high - low > max(1, high // 50):
         middle = (2 * low + 3 * high) // 5 if low == 0 else (low + high) // 2
         if fits(bench, middle, n_prefix):

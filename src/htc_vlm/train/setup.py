@@ -245,19 +245,41 @@ def _teach(path: str, student: Any) -> Callable[[dict[str, Tensor]], Tensor]:
 
 def save_rounded(model: Any, processor: Any, folder: Path) -> None:
     """Save in bfloat16: half the bytes; loaded as float32 it gives the same numbers everywhere. The quantizer keeps its
-    precision: a rounded codebook would change codes."""
-    state = {
-        name: value.to(torch.bfloat16) if value.is_floating_point() and ".quantizer." not in name else value
-        for name, value in model.state_dict().items()
-    }
-    model.save_pretrained(folder, state_dict=state)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"
-    config.pop("use_cache", None)  # Trainer's own setting, which would make generate slow
-    for part in (config, config["vision_config"], config["text_config"]):
-        part.pop("_name_or_path", None)  # where the weights once lay
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    processor.save_pretrained(folder)
+    precision: a rounded codebook would change codes. In a distributed run every process must call this: what is sharded is
+    gathered, and the first process writes."""
+    state = _whole_state(model)
+    if state is not None:
+        rounded = {
+            name: value.to(torch.bfloat16) if value.is_floating_point() and ".quantizer." not in name else value
+            for name, value in state.items()
+        }
+        # With its sharding in the configuration, save_pretrained would gather again, alone, and wait for the others for ever.
+        sharding = model.config.__dict__.pop("distributed_config", None)
+        try:
+            model.save_pretrained(folder, state_dict=rounded)
+        finally:
+            if sharding is not None:
+                model.config.distributed_config = sharding
+        config = json.loads((folder / "config.json").read_text())
+        config["dtype"] = "float32"
+        config.pop("use_cache", None)  # Trainer's own setting, which would make generate slow
+        for part in (config, config["vision_config"], config["text_config"]):
+            part.pop("_name_or_path", None)  # where the weights once lay
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        processor.save_pretrained(folder)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _whole_state(model: Any) -> dict[str, Tensor] | None:
+    """Every weight and buffer in full, on the CPU where they were sharded; None in all processes but the first."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        whole: dict[str, Tensor] = model.state_dict()
+        return whole
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(gathered) if torch.distributed.get_rank() == 0 else None
 
 
 class ConversationData(Dataset):
