@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from htc_vlm.model import fingerprint as module
-from htc_vlm.model.fingerprint import fingerprint
+from htc_vlm.model.fingerprint import digest, fingerprint
 
 SETTINGS = {"name": "voco"}
 
@@ -59,3 +59,11 @@ def test_models_that_were_asked_can_still_be_copied_and_pickled() -> None:
     model = small()
     first = fingerprint(model, SETTINGS)
     assert fingerprint(pickle.loads(pickle.dumps(model)), SETTINGS) == first
+
+
+def test_sharded_weights_are_refused_by_name() -> None:
+    """Each process would cache its own share of the heads and call it the image."""
+    model = nn.Linear(2, 2)
+    model.weight.full_tensor = lambda: model.weight  # what marks a DTensor
+    with pytest.raises(ValueError, match="weight is sharded over processes"):
+        digest(model, {})

@@ -7,6 +7,7 @@ Differs: nothing known.
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,8 @@ _PACKAGES = ("htc-vlm", "torch", "transformers", "diffusers", "vector-quantize-p
 
 def _git(*words: str) -> str | None:
     here = Path(__file__).resolve().parent
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -30,7 +33,7 @@ def _version(package: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """commit and dirty (None outside a git checkout; untracked files do not count), command, versions."""
+    """commit and dirty (None outside a git checkout, and without git; untracked files do not count), command, versions."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),

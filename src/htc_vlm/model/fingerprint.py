@@ -22,11 +22,17 @@ N_SAMPLED = 1024  # values of each weight that enter the digest
 def digest(model: nn.Module, settings: Mapping[str, Any]) -> str:
     """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and of `settings`.
 
-    Independent of device and of the dtype the weights were loaded in.
+    Independent of device and of the dtype the weights were loaded in. ValueError for weights that are sharded over
+    processes: a process would see, and cache, its own share of the heads only.
     """
     made = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = dict(model.named_parameters())
     for name in sorted(weights):
+        if hasattr(weights[name], "full_tensor"):  # a DTensor
+            raise ValueError(
+                f"{name} is sharded over processes (tensor parallelism or FSDP), where images cannot be compressed or "
+                "asked from their cells; load the model whole on each device, and give each its own images"
+            )
         flat = weights[name].detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // N_SAMPLED)][:N_SAMPLED].to(torch.bfloat16).cpu()
         made.update(f"{name} {tuple(weights[name].shape)}".encode())
