@@ -154,7 +154,7 @@ def draw_rows(looks: Sequence[Look], names: Sequence[str], file: str | Path) -> 
         shown = [matrix.mean(dim=1) if row == 0 else matrix[:, row - 1] for matrix in matrices]
         top = max(float(values.max()) for values in shown)
         for axes, one, values in zip(panels, looks, shown, strict=True):
-            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+            image = axes.imshow(values.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
             n_anchors = one.maps.anchors.shape[-1]
             axes.set_title(_row_title(one, label, values), fontsize=8)
             axes.set_yticks(range(len(names)), names, fontsize=5)
@@ -201,4 +201,4 @@ def _bars(axes: Any, maps: BottleneckMaps, i: int) -> None:
         axes.bar(layers, heights, bottom=below, color=colour, label=labels[name])
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1))
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)  # not over the bars
