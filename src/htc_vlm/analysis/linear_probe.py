@@ -69,11 +69,11 @@ def _minimise(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, l2: float
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = cross_entropy(x @ weight + bias, labels) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
 
 
 def held_out(pictures: Sequence[str], seed: int) -> Tensor:
