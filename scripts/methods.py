@@ -35,7 +35,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"**{result['shape']}**: {result['device']}, {result['dtype']}, {none['schedule'][0]} patches, "
         f"{result['n_text']} words, {result['decoder']['n_layers']} layers of width {result['decoder']['width']}; `none` takes "
-        f"{none['prefill_ms']:,.0f} ms to the first token and {none['decode_ms']:.1f} ms for each later one.",
+        f"{none['prefill_ms']:,.0f} ms to the first token and {none['decode_ms']:.1f} ms for each later one"
+        + {"wall": ".", "cpu": ", in CPU time: the machine was busy."}[result["clock"]],
         "",
         "| " + " | ".join(head) + " |",
         "|---|" + "---:|" * (len(head) - 1),
