@@ -278,7 +278,7 @@ def _whole_state(model: Any) -> dict[str, Tensor] | None:
         return whole
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    gathered: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return dict(gathered) if torch.distributed.get_rank() == 0 else None
 
 
