@@ -52,12 +52,12 @@ def test_sample_k_is_the_same_whatever_was_read_before(cache: FeatureCache) -> N
 
 
 def test_as_many_whole_questions_as_fit(cache: FeatureCache) -> None:
-    """21 tokens: three questions of 5 words, answer and end, 7 each; a cut answer would teach to stop early."""
-    encoded = packed(cache, n_text=21)[0].encoded
-    assert (len(encoded.input_ids), max(encoded.question_ids or []), encoded.n_supervised) == (2 + 21, 3, 6)
-    assert max(packed(cache, n_text=20)[0].encoded.question_ids or []) == 2
-    with pytest.raises(ValueError, match="n_text is 6, too few"):
-        packed(cache, n_text=6)[0]
+    """18 tokens: three questions of 4 words (no "?"), answer and end, 6 each; a cut answer would teach to stop early."""
+    encoded = packed(cache, n_text=18)[0].encoded
+    assert (len(encoded.input_ids), max(encoded.question_ids or []), encoded.n_supervised) == (2 + 18, 3, 6)
+    assert max(packed(cache, n_text=17)[0].encoded.question_ids or []) == 2
+    with pytest.raises(ValueError, match="n_text is 5, too few"):
+        packed(cache, n_text=5)[0]
 
 
 def test_the_features_are_those_of_the_image_asked_about(cache: FeatureCache) -> None:

@@ -203,6 +203,11 @@ def _pick(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
     return things[int(rng.integers(len(things)))]
 
 
+def _drawn(rng: np.random.Generator, up_to: np.ndarray) -> int:
+    """rng.choice(len(up_to), p=...) for cumulated shares: the same draw in a tenth of the time."""
+    return int((up_to / up_to[-1]).searchsorted(rng.random(), side="right"))
+
+
 def _reference(rng: np.random.Generator, thing: Thing, by_place: float) -> str:
     """"the top left" with probability by_place, else "the cat"."""
     return PLACES[thing.cell] if rng.random() < by_place else thing.concept.label
@@ -240,7 +245,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
     pool = [category for category in categories() if counts[category] == value]
     pool = pool or [category for category in categories() if counts[category] == 0]
     category = pool[int(rng.integers(len(pool)))]
-    return f"how many of the kind {category} are there ?", COUNTS[counts[category]]
+    return f"how many things are of the kind {category} ?", COUNTS[counts[category]]
 
 
 _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -258,18 +263,18 @@ def _ask_beside(scene: Scene, rng: np.random.Generator) -> Asked:
     if not pairs:
         return None
     word, thing, other = pairs[int(rng.integers(len(pairs)))]
-    reference = f"{thing.tile} tile" if rng.random() < 0.5 else thing.concept.label
+    reference = f"tile in {thing.tile}" if rng.random() < 0.5 else thing.concept.label
     return f"what is {word} the {reference} ?", other.concept.label
 
 
 def _ask_on(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _pick(rng, scene.things)
-    return f"what is on the {thing.tile} tile ?", thing.concept.label
+    return f"what is on the tile in {thing.tile} ?", thing.concept.label
 
 
 def _ask_where(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _pick(rng, scene.things)
-    reference = f"{thing.tile} tile" if rng.random() < 0.5 else thing.concept.label
+    reference = f"tile in {thing.tile}" if rng.random() < 0.5 else thing.concept.label
     return f"where is the {reference} ?", PLACE_WORDS[thing.cell]
 
 
@@ -280,11 +285,14 @@ def _ask_tile(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _ask_size(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _pick(rng, scene.things)
-    return f"is the {_reference(rng, thing, 0.6)} big or small ?", thing.size
+    return f"how big is the {_reference(rng, thing, 0.6)} ?", thing.size
+
+
+_TURNS_UP_TO = np.cumsum((0.19, 0.27, 0.27, 0.27))        # upright things are more common
 
 
 def _ask_turn(scene: Scene, rng: np.random.Generator) -> Asked:
-    wanted = str(rng.choice(list(TURNS), p=(0.19, 0.27, 0.27, 0.27)))        # upright things are more common
+    wanted = list(TURNS)[_drawn(rng, _TURNS_UP_TO)]
     pool = [thing for thing in scene.things if thing.concept.turns and thing.turn == wanted]
     if not pool:
         return None
@@ -324,11 +332,12 @@ def ask(
     shares = np.array([(weights or {}).get(kind, 1.0 if weights is None else 0.0) for kind in KINDS])
     shares = shares / shares.sum()
     there = replace(scene, things=tuple(thing for thing in scene.things if PLACES[thing.cell] in places))
+    up_to = shares.cumsum()
     found: dict[str, tuple[str, str, str]] = {}
     for _ in range(8 * n):
         if len(found) == n:
             break
-        kind = KINDS[int(rng.choice(len(KINDS), p=shares))]
+        kind = KINDS[_drawn(rng, up_to)]
         if kind in REFERRING and not there.things:
             continue
         asked = _ASK[kind](there if kind in REFERRING else scene, rng)
@@ -368,7 +377,7 @@ def questions(split: str) -> list[Question]:
 def vocabulary() -> list[str]:
     """Every word of every question and answer."""
     fixed = (
-        "what is at the ? kind of thing there a how many things are left right above below tile on where colour behind big or "
+        "what is at the ? kind of thing there a how many things are left right above below tile in on where colour behind big "
         "small which way up background pattern yes no upright down top bottom"
     )
     found = set(fixed.split()) | set(PLACE_WORDS) | set(TILES) | set(BACKGROUNDS) | set(PATTERNS) | set(COUNTS) | set(TURNS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class LoopSettings:
     """What a stage's block in a preset may set; the rest of transformers' TrainingArguments goes into `extra`."""
 
     steps: int = 1000
-    images_per_step: int = 16
+    images_per_step: int = 16  # of all processes and accumulated passes together
     learning_rate: float = 1e-3
     min_learning_rate_share: float = 0.03
     warmup_steps: int = 100
@@ -141,7 +142,7 @@ class JsonLines(TrainerCallback):
         self.file, self.start = file, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.file.exists():
+        if self.file.exists() and state.is_world_process_zero:
             rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if row["step"] <= state.global_step]
             partial = self.file.with_suffix(".partial")
@@ -153,7 +154,7 @@ class JsonLines(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if "loss" not in (logs or {}):  # Trainer's summary at the end, of this start alone
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:  # Trainer's summary at the end, of this start alone
             return
         row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **(logs or {})}
         with self.file.open("a") as file:
@@ -207,8 +208,9 @@ def run(
         "loss": last_loss(output / "metrics.jsonl"),
         "settings": asdict(settings),
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
+    if trainer.is_world_process_zero():
+        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
     return report
 
 
@@ -226,13 +228,28 @@ def last_loss(metrics: Path) -> float | None:
     return float(json.loads(lines[-1])["loss"]) if lines else None
 
 
+def images_per_pass(settings: LoopSettings, n_processes: int) -> int:
+    """Images that one process sees in one forward pass. ValueError: they cannot be shared out evenly.
+
+    >>> images_per_pass(LoopSettings(images_per_step=128, extra={"gradient_accumulation_steps": 2}), n_processes=8)
+    8
+    """
+    parts = n_processes * int((settings.extra or {}).get("gradient_accumulation_steps", 1))
+    if settings.images_per_step % parts:
+        raise ValueError(
+            f"images_per_step is {settings.images_per_step}, which cannot be shared out to {parts} (processes x "
+            "gradient_accumulation_steps); give a multiple"
+        )
+    return settings.images_per_step // parts
+
+
 def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
     if settings.precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {settings.precision!r}; known: float32, bfloat16")
     options: dict[str, Any] = {
         "output_dir": str(output),
         "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.images_per_step,
+        "per_device_train_batch_size": images_per_pass(settings, int(os.environ.get("WORLD_SIZE", "1"))),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": settings.min_learning_rate_share},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from htc_vlm.data.conversations import Turn, encode_questions
 from htc_vlm.train.features import FeatureCache
 
 N_SPARE = 4  # questions drawn beyond those that surely fit
+N_TOKENS = 8  # of a usual question and answer: if more questions fit, more are drawn
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,9 @@ class PackedQuestions(Dataset):
         if not sources or any(len(source.cache) == 0 for source in sources):
             raise ValueError("empty data set: give at least one source with at least one image")
         self.sources, self.n_samples, self.n_text = list(sources), n_samples, n_text
-        self.tokenizer, self.image_text, self.seed = tokenizer, image_text, seed
+        self.tokenizer, self.image_text, self.seed = Remembering(tokenizer), image_text, seed
         shares = np.array([source.share for source in sources], dtype=float)
         self._bounds = np.cumsum(shares / shares.sum())
-        self._encoded: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
         return self.n_samples
@@ -68,9 +69,12 @@ class PackedQuestions(Dataset):
         source = self.sources[min(int(np.searchsorted(self._bounds, rng.random())), len(self.sources) - 1)]
         progress = number / self.n_samples
         image = source.pick(rng, progress)
-        n_most = self.n_text // 4 + N_SPARE
-        asked = source.ask(image, n_most, int(rng.integers(2**31)), progress)
-        turns = self._fitting([Turn(question, answer) for question, answer in asked])
+        seed = int(rng.integers(2**31))
+        for n_most in (self.n_text // N_TOKENS + N_SPARE, self.n_text // 4 + N_SPARE):
+            asked = [Turn(question, answer) for question, answer in source.ask(image, n_most, seed, progress)]
+            turns = self._fitting(asked)
+            if len(turns) < len(asked):
+                break
         encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
         images = {"patch_features": source.cache.get([image]).float()}
         if source.codes is not None:
@@ -90,11 +94,15 @@ class PackedQuestions(Dataset):
         return chosen
 
     def _length(self, turn: Turn) -> int:
-        key = (turn.question, turn.answer)
-        if key not in self._encoded:
-            words = self.tokenizer.encode(f"{turn.question} {turn.answer}", add_special_tokens=False)
-            self._encoded[key] = len(words) + 1
-        return self._encoded[key]
+        return len(self.tokenizer.encode(f"{turn.question} {turn.answer}", add_special_tokens=False)) + 1
+
+
+class Remembering:
+    """A tokenizer that remembers what it has encoded: the same pieces come again and again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.eos_token = tokenizer.eos_token
+        self.encode = lru_cache(maxsize=65536)(tokenizer.encode)
 
 
 def codes_of(

@@ -133,6 +133,11 @@ def _sources(
         if len(ids) < part.images:
             raise ValueError(f"{part.task}: {part.images} images asked for, the training split has {len(ids)}")
         cache = FeatureCache(folder / f"{part.task}-train", meta_for(tower, part.images, CODE_PICTURE_SIZE))
+        if cache.missing() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"{part.task}: the tower's features are not all in {folder} yet, and several processes would write over one "
+                "another; run the command without torchrun first, for one step (--set stages.STAGE.steps=1, other --output)"
+            )
         if cache.missing():
             print(
                 f"{part.task}: computing the tower's features of {len(cache.missing())} images (resumable)", flush=True
