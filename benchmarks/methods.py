@@ -1,13 +1,14 @@
 """Prefill and decode time of every method against `none`, in one run, beside what the FLOPs promise.
 
-    python benchmarks/methods.py [--shape cpu] [--budgets 192 128 64] [--repeats 5] [--output results/methods/cpu.json]
+    python benchmarks/methods.py [--shape cpu] [--budgets 192 128 64] [--repeats 3] [--output results/methods/cpu.json]
     python benchmarks/methods.py --shape 7b --device cuda --output results/methods/gpu-7b.json
 
 Weights are random: what a token costs does not depend on them. The methods take turns within each repeat, so that a busy
-machine disturbs them alike; medians after one round of warm-up. Every call starts from pixels and ends with the logits
-of the first token (prefill), then some steps with the cache (decode). `promised` is the ratio of the language model's
-FLOPs by the schedule (htc_vlm.ops.cost), `counted` that of all FLOPs in the calls that were timed, vision tower,
-compressor and scores included.
+machine disturbs them alike; medians. Counting the FLOPs, which runs each once, is the warm-up. Every call starts from
+pixels and ends with the logits of the first token (prefill), then some steps with the cache (decode). `promised` is the
+ratio of the language model's FLOPs by the schedule (htc_vlm.ops.cost), `counted` that of all FLOPs in the calls that were
+timed, vision tower, compressor and scores included. The rate of one matrix product at each length says how much of the
+rest is the machine's: short sequences keep it less busy.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def over_cells(contender: Contender, ids: Tensor, cells: Any) -> Any:
 
 
 @torch.no_grad()
-def run_once(contender: Contender, ids: Tensor, pixels: Tensor, n_new: int, times: Times | None, clock: str) -> None:
+def run_once(contender: Contender, ids: Tensor, pixels: Tensor, n_new: int, times: Times, clock: str) -> None:
     """One prefill and n_new steps; for bottleneck methods also the next question."""
     model, device = contender.model, contender.model.device
 
@@ -230,11 +231,10 @@ def run_once(contender: Contender, ids: Tensor, pixels: Tensor, n_new: int, time
         if contender.method.n_bottleneck:
             cells = model.compress(pixel_values=pixels)
             again_ms, _ = taken(lambda: over_cells(contender, ids, cells))
-    if times is not None:
-        times.prefill.append(prefill_ms)
-        times.decode.append(median(steps))
-        if again_ms is not None:
-            times.again.append(again_ms)
+    times.prefill.append(prefill_ms)
+    times.decode.append(median(steps))
+    if again_ms is not None:
+        times.again.append(again_ms)
 
 
 def count(contender: Contender, ids: Tensor, pixels: Tensor) -> int:
@@ -281,6 +281,18 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**one, **{name: round(one[of] / base[of], 4) for name, of in names.items()}} for one in rows]
 
 
+@torch.no_grad()
+def matmul_rates(shape: cost.DecoderShape, lengths: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, float]:
+    """GFLOP/s of the MLP's matrix product for so many tokens; the best of ten."""
+    weight = torch.randn(shape.mlp_width, shape.width, device=device).to(dtype)
+    rates = {}
+    for n in lengths:
+        states = torch.randn(n, shape.width, device=device).to(dtype)
+        best_ms = min(timed(lambda states=states: states @ weight.T, device)[0] for _ in range(10))
+        rates[n] = round(2 * n * shape.width * shape.mlp_width / best_ms / 1e6, 1)
+    return rates
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
@@ -292,7 +304,7 @@ def main() -> int:
     arguments.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64])
     arguments.add_argument("--text", type=int, default=40, help="words of the question")
     arguments.add_argument("--new", type=int, default=4, help="decode steps")
-    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: on a machine that others use")
     arguments.add_argument("--output", type=Path, default=Path("results/methods/cpu.json"))
     options = arguments.parse_args()
@@ -312,7 +324,7 @@ def main() -> int:
 def measure(
     shape: Shape, device: torch.device, budgets: list[int], n_text: int, n_new: int, repeats: int, clock: str = "wall"
 ) -> dict[str, Any]:
-    """Every contender, in turn, `repeats` times after a warm-up."""
+    """Every contender, in turn, `repeats` times after its FLOPs were counted."""
     start = time.monotonic()
     decoder = cost.DecoderShape.from_config(shape.config.text_config)
     found = contenders(shape, new_model(shape, device), budgets)
@@ -322,11 +334,12 @@ def measure(
     prompts = {one.key: prompt(one, n_text) for one in found}
     times = {one.key: Times() for one in found}
     flops = {one.key: count(one, prompts[one.key], pixels) for one in found}
-    for turn in range(repeats + 1):
+    for turn in range(repeats):
         for one in found:
-            run_once(one, prompts[one.key], pixels, n_new, times[one.key] if turn else None, clock)
-        print(f"round {turn} of {repeats}: {time.monotonic() - start:.0f} s", flush=True)
+            run_once(one, prompts[one.key], pixels, n_new, times[one.key], clock)
+        print(f"round {turn + 1} of {repeats}: {time.monotonic() - start:.0f} s", flush=True)
     rows = [row(one, times[one.key], flops[one.key], n_text, n_new, decoder) for one in found]
+    lengths = [n + n_text for n in (sizes_of(shape.config).n_patches, *budgets)]
     return {
         "decoder": asdict(decoder),
         "n_patches": sizes_of(shape.config).n_patches,
@@ -337,6 +350,7 @@ def measure(
         "dtype": str(shape.dtype).removeprefix("torch."),
         "device": device_name(device),
         "seconds": round(time.monotonic() - start, 1),
+        "matmul_gflops_per_s": matmul_rates(decoder, lengths, shape.dtype, device),
         "rows": with_ratios(rows),
     }
 
