@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from htc_vlm.analysis.probe import as_markdown as probe_table
 from htc_vlm.eval.experiments import read_tables
 from htc_vlm.eval.paper import table2_rows
 from htc_vlm.eval.reading import sentences
@@ -118,6 +119,48 @@ def section(study: StudyTable, experiments: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def probing(results: Path) -> str:
+    """Table 3: one table per file below results/probe."""
+    parts = []
+    for file in sorted((results / "probe").glob("*.json")):
+        found = json.loads(file.read_text())
+        told = (
+            f"`{found['model']}`, {found['scenes']}, split {found['test_split']}: probes fitted on {found['n_train']['items']:,}, tested on "
+            f"{found['n_test']['items']:,} things, intervals over things. {link(file, 'Numbers')}, made by `{found['command']}`."
+        )
+        parts += [f"### {file.stem}", told, probe_table(found).strip().replace("\n\n", "\n\n- ", 1)]
+    if not parts:
+        return ""
+    told = (
+        "What a linear classifier reads off the mean anchor, the mean patch and the bottleneck's last state; S: what the thing is, D: "
+        "how it is drawn and where it stands. In brackets the width of what is read."
+    )
+    return "\n\n".join(["## Table 3: what can be read off the tokens", told, *parts])
+
+
+def attention(results: Path) -> str:
+    """Figure 3: the picture, and where the attention goes on average."""
+    file, picture = results / "heatmap" / "figure3.json", PLOTS / "figure3.png"
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text())
+    lines = [["model", "to the anchors", "to the patches", "to itself", "to the anchors if spread evenly", "highest layer for anchors"]]
+    for one in found["models"]:
+        mean, even = one["mean_of_layers"], one["even_share_of_anchors"]
+        by_layer = one["layers"]["anchors"]
+        top = max(range(len(by_layer)), key=by_layer.__getitem__)
+        cells = [f"{100 * mean[name]:.1f} %" for name in ("anchors", "patches", "bottleneck")]
+        highest = f"{100 * by_layer[top]:.1f} % in layer {top}" if one["n_anchors"] else "no anchors"
+        lines.append([one["label"] or one["model"], *cells, f"{100 * even:.1f} %", highest])
+    told = (
+        f"The last row of attention, of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes (a row each), in "
+        f"the forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
+        f"[figure3-pictures.png](assets/results/figure3-pictures.png)."
+    )
+    parts = ["## Figure 3: what the bottleneck looks at", told, to_markdown(lines)]
+    return "\n\n".join([*parts, f"![Figure 3](assets/results/{picture.name})"])
+
+
 def where_it_ran(studies: Sequence[StudyTable]) -> str:
     """Devices, threads and hours of every result file, each counted once."""
     files = {result["file"]: result for study in studies for row in study.rows for result in row.results}
@@ -169,11 +212,8 @@ def page(experiments: Path, results: Path) -> tuple[str, list[StudyTable]]:
     """The whole page and its tables."""
     studies = [load_table(name, experiments, results) for name in read_tables(experiments)]
     parts = [HEAD.rstrip()]
-    extra = results / "probe"
-    names = sorted(extra.rglob("*.json"))
-    if names:
-        parts.append("Table 3, probing: " + ", ".join(link(path, path.relative_to(extra).as_posix()) for path in names) + ".")
     parts += [section(study, experiments) for study in studies]
+    parts += [part for part in (probing(results), attention(results)) if part]
     parts += ["## What ran where", where_it_ran(studies), "## What is still small", still_small(studies)]
     return "\n\n".join(parts) + "\n", studies
 
