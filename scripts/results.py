@@ -125,15 +125,16 @@ def probing(results: Path) -> str:
     for file in sorted((results / "probe").glob("*.json")):
         found = json.loads(file.read_text())
         told = (
-            f"`{found['model']}`, {found['scenes']}, split {found['test_split']}: probes fitted on {found['n_train']['items']:,}, tested on "
-            f"{found['n_test']['items']:,} things, intervals over things. {link(file, 'Numbers')}, made by `{found['command']}`."
+            f"`{found['model']}`, {found['scenes']}, split {found['test_split']}: probes fitted on "
+            f"{found['n_train']['items']:,} things, tested on {found['n_test']['items']:,}. {link(file, 'Numbers')}, made by "
+            f"`{found['command']}`."
         )
         parts += [f"### {file.stem}", told, probe_table(found).strip().replace("\n\n", "\n\n- ", 1)]
     if not parts:
         return ""
     told = (
-        "What a linear classifier reads off the mean anchor, the mean patch and the bottleneck's last state; S: what the thing is, D: "
-        "how it is drawn and where it stands. In brackets the width of what is read."
+        "What a linear classifier reads off the mean anchor, the mean patch and the bottleneck's last state; S: what the thing "
+        "is, D: how it is drawn and where it stands. In brackets the width of what is read."
     )
     return "\n\n".join(["## Table 3: what can be read off the tokens", told, *parts])
 
@@ -144,7 +145,8 @@ def attention(results: Path) -> str:
     if not file.is_file():
         return ""
     found = json.loads(file.read_text())
-    lines = [["model", "to the anchors", "to the patches", "to itself", "to the anchors if spread evenly", "highest layer for anchors"]]
+    columns = ("to the anchors", "to the patches", "to itself", "to the anchors if spread evenly", "highest layer for anchors")
+    lines = [["model", *columns]]
     for one in found["models"]:
         mean, even = one["mean_of_layers"], one["even_share_of_anchors"]
         by_layer = one["layers"]["anchors"]
@@ -153,8 +155,8 @@ def attention(results: Path) -> str:
         highest = f"{100 * by_layer[top]:.1f} % in layer {top}" if one["n_anchors"] else "no anchors"
         lines.append([one["label"] or one["model"], *cells, f"{100 * even:.1f} %", highest])
     told = (
-        f"The last row of attention, of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes (a row each), in "
-        f"the forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
+        f"The attention of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes (a row each), in the "
+        f"forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
         f"[figure3-pictures.png](assets/results/figure3-pictures.png)."
     )
     parts = ["## Figure 3: what the bottleneck looks at", told, to_markdown(lines)]

@@ -45,7 +45,8 @@ def test_the_page_of_results_tells_where_the_attention_goes(tmp_path: Path, monk
     assert module.attention(tmp_path) == module.probing(tmp_path) == ""  # nothing was run: no section
     layers = {"anchors": [0.1, 0.3], "patches": [0.5, 0.5], "bottleneck": [0.4, 0.2]}
     mean = {name: sum(row) / 2 for name, row in layers.items()}
-    htc = {"model": "m", "label": "HTC", "n_anchors": 4, "even_share_of_anchors": 4 / 41, "mean_of_layers": mean, "layers": layers}
+    htc = {"model": "m", "label": "HTC", "n_anchors": 4, "even_share_of_anchors": 4 / 41, "mean_of_layers": mean}
+    htc["layers"] = layers
     voco = {**htc, "label": "VoCo", "n_anchors": 0, "even_share_of_anchors": 0.0}
     (tmp_path / "heatmap").mkdir()
     text = json.dumps({"pictures": ["a", "b"], "models": [htc, voco], "command": "htc-vlm heatmap"})
