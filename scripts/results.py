@@ -155,8 +155,8 @@ def attention(results: Path) -> str:
         highest = f"{100 * by_layer[top]:.1f} % in layer {top}" if one["n_anchors"] else "no anchors"
         lines.append([one["label"] or one["model"], *cells, f"{100 * even:.1f} %", highest])
     told = (
-        f"The attention of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes (a row each), in the "
-        f"forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
+        f"The attention of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes, a row each, in "
+        f"the forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
         f"[figure3-pictures.png](assets/results/figure3-pictures.png)."
     )
     parts = ["## Figure 3: what the bottleneck looks at", told, to_markdown(lines)]
