@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="htc-vlm eval", description=run.__doc__)
     parser.add_argument("model", help="a shipped checkpoint's name or a path")
     parser.add_argument("--compressor", metavar="NAME", help="another method for these weights (or JSON with settings)")
+    parser.add_argument(
+        "--method", metavar="NAME", help="applied to the uncompressed model, e.g. fastv with --budget (or JSON with settings)"
+    )
+    parser.add_argument("--budget", type=int, help="with --method: visual tokens, mean over layers; sets its settings")
     parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
     parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA or data)")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
@@ -61,7 +66,21 @@ def parse_compressor(text: str | None) -> dict[str, Any] | None:
     try:
         return dict(json.loads(text))
     except json.JSONDecodeError as error:
-        raise ValueError(f"--compressor {text!r} is neither a method's name nor JSON ({error})") from error
+        raise ValueError(f"{text!r} is neither a method's name nor JSON ({error})") from error
+
+
+def _method(args: argparse.Namespace, model: Any) -> dict[str, Any] | None:
+    """--method and --budget: {"name": ..., and its settings}; None without --method."""
+    method = parse_compressor(args.method)
+    if method is None or args.budget is None:
+        if args.budget is not None:
+            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
+        return method
+    from htc_vlm.cli.cost import settings_for
+    from htc_vlm.model.modeling import sizes_of
+
+    n_layers = model.config.text_config.num_hidden_layers
+    return {**settings_for(method["name"], args.budget, sizes_of(model.config).n_patches, n_layers), **method}
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
@@ -81,18 +100,21 @@ def run(argv: list[str]) -> int:
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
 
-    from htc_vlm import load
+    from htc_vlm import compressors, load
     from htc_vlm.model.answering import Answerer
 
     model, processor = load(args.model, compressor=parse_compressor(args.compressor))
-    answerer = Answerer(model.to(args.device).eval(), processor)
-    for task in tasks:
-        result = run_task(
-            answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,
-            seed=args.seed, device=args.device, config={
-                "model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()
-            },
-        )  # fmt: skip
-        shown = {key: result[key] for key in ("task", "split", "n_questions")}
-        print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))
+    method = _method(args, model)
+    config = {"model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()}
+    model.to(args.device).eval()
+    with nullcontext() if method is None else compressors.apply(model, **method) as applied:
+        keep_pixels = applied is not None and (applied.method.reads_tower or applied.tower_run is not None)
+        answerer = Answerer(model, processor, keep_pixels=keep_pixels)
+        for task in tasks:
+            result = run_task(
+                answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,
+                seed=args.seed, device=args.device, config=config if method is None else {**config, "method": method},
+            )  # fmt: skip
+            shown = {key: result[key] for key in ("task", "split", "n_questions")}
+            print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))
     return 0

@@ -34,12 +34,17 @@ class Answerer:
     """Greedy answers. Pictures are encoded once (compressed where the model can) and shared by their questions.
 
     cache: "dynamic" or "static", for answers from compressed pictures: see `generate`'s cache_implementation.
+    keep_pixels: give the model pixels with every question, as applied methods that act in the vision tower need.
     """
 
     def __init__(
-        self, model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor, cache: str = "dynamic"
+        self,
+        model: HtcVlmForConditionalGeneration,
+        processor: HtcVlmProcessor,
+        cache: str = "dynamic",
+        keep_pixels: bool = False,
     ) -> None:
-        self.model, self.processor, self.cache = model, processor, cache
+        self.model, self.processor, self.cache, self.keep_pixels = model, processor, cache, keep_pixels
         self._last: tuple[str, Any] | None = None
 
     def answer(
@@ -59,11 +64,14 @@ class Answerer:
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Image.Image]) -> CompressedImages | Tensor:
-        """Pictures -> their cells; for methods without a bottleneck the vision tower's features (N, P, width)."""
+        """Pictures -> their cells; for methods without a bottleneck the vision tower's features (N, P, width), or the
+        pixels (N, 3, H, W) with `keep_pixels`."""
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)
         if self.model.model.compressor.n_bottleneck:
             return self.model.compress(pixel_values=pixels)
+        if self.keep_pixels:
+            return pixels
         return self.model.model.vision_features(pixel_values=pixels)
 
     def prompt(self, question: str, with_image: bool = True) -> str:
@@ -101,7 +109,7 @@ class Answerer:
             one = encoded[which[0]] if len(set(which)) == 1 else None
             images = {"compressed": encoded[list(which)] if one is None else one, "cache_implementation": self.cache}
         else:
-            images = {"patch_features": encoded[list(which)]}
+            images = {"pixel_values" if self.keep_pixels else "patch_features": encoded[list(which)]}
         options: dict[str, Any] = {**inputs, **images}
         out = self.model.generate(**options, max_new_tokens=max_new_tokens, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :]
