@@ -163,6 +163,21 @@ def attention(results: Path) -> str:
     return "\n\n".join([*parts, f"![Figure 3](assets/results/{picture.name})"])
 
 
+def from_the_cache(results: Path) -> str:
+    """What keeping pictures saves an evaluation: one line per file below results/reencode."""
+    lines = []
+    for file in sorted((results / "reencode").glob("*.json")):
+        found = json.loads(file.read_text())
+        kept, anew = (sum(found["seconds"][way][part] for part in ("encode_s", "ask_s")) for way in ("from_cache", "reencoded"))
+        lines.append(
+            f"- {found['device']}, {found['threads']} threads, `{found['model']}`: {found['n_questions']:,} questions about "
+            f"{found['n_images']:,} pictures of {found['task']} take {kept:.1f} s from the cache and {anew:.1f} s with each "
+            f"question's picture encoded again: {found['ratios']['reencoded_vs_from_cache']:.1f} times as long. "
+            f"{link(file, 'Numbers')}."
+        )
+    return "\n\n".join(["## Answering from the cache", "\n".join(lines)]) if lines else ""
+
+
 def where_it_ran(studies: Sequence[StudyTable]) -> str:
     """Devices, threads and hours of every result file, each counted once."""
     files = {result["file"]: result for study in studies for row in study.rows for result in row.results}
@@ -215,7 +230,7 @@ def page(experiments: Path, results: Path) -> tuple[str, list[StudyTable]]:
     studies = [load_table(name, experiments, results) for name in read_tables(experiments)]
     parts = [HEAD.rstrip()]
     parts += [section(study, experiments) for study in studies]
-    parts += [part for part in (probing(results), attention(results)) if part]
+    parts += [part for part in (probing(results), attention(results), from_the_cache(results)) if part]
     parts += ["## What ran where", where_it_ran(studies), "## What is still small", still_small(studies)]
     return "\n\n".join(parts) + "\n", studies
 
