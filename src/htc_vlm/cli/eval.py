@@ -108,8 +108,7 @@ def run(argv: list[str]) -> int:
     config = {"model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()}
     model.to(args.device).eval()
     with nullcontext() if method is None else compressors.apply(model, **method) as applied:
-        keep_pixels = applied is not None and (applied.method.reads_tower or applied.tower_run is not None)
-        answerer = Answerer(model, processor, keep_pixels=keep_pixels)
+        answerer = Answerer(model, processor, keep_pixels=applied is not None and applied.method.acts_in_tower)
         for task in tasks:
             result = run_task(
                 answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,

@@ -198,6 +198,11 @@ class Compressor(nn.Module):
         """Does `before_llm` need ImageFeatures.tower?"""
         return False
 
+    @property
+    def acts_in_tower(self) -> bool:
+        """Must pixels be given, because the tower's output is not enough?"""
+        return self.reads_tower or self.merges_in_tower
+
     def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
         """Where inside the language model visual tokens leave."""
         return ()

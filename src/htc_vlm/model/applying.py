@@ -41,7 +41,7 @@ class Applied:
         self.n_layers = n_layers
         self.drop_run = DropRun(method) if method.drops(n_patches, n_layers) else None
         self.tower_run: TowerRun | None = None
-        if method.reads_tower or method.merges_in_tower:
+        if method.acts_in_tower:
             n_blocks = tower_sockets.n_blocks_read(llava, method)
             if method.merges_in_tower:
                 self.tower_run = TowerRun(method.tower_merges(n_patches, n_blocks))
@@ -178,7 +178,7 @@ class Socketed(LlavaModel):
         if image_sizes is not None:
             raise ValueError(f"{method.name}: images of different sizes (image_sizes) are not supported; resize them")
         if patch_features is not None:
-            if method.reads_tower or applied.tower_run is not None:
+            if method.acts_in_tower:
                 raise ValueError(f"{method.name} acts in the vision tower; give pixel_values, not patch_features")
             project = self.multi_modal_projector
             images = compressors.ImageFeatures(patch_features.to(project.linear_1.weight.dtype), project)

@@ -122,13 +122,12 @@ def image_features(
     layer = llava.config.vision_feature_layer if layer is None else layer
     strategy = llava.config.vision_feature_select_strategy if strategy is None else strategy
     layers = [layer] if isinstance(layer, int) else list(layer)
-    reads = method.reads_tower or run is not None
-    index = n_blocks_read(llava, method) if reads else 0
-    if reads and (layer != llava.config.vision_feature_layer or strategy != "default"):
+    index = n_blocks_read(llava, method) if method.acts_in_tower else 0
+    if method.acts_in_tower and (layer != llava.config.vision_feature_layer or strategy != "default"):
         raise ValueError(f"{method.name} reads the layer of the model's configuration; leave out vision_feature_layer")
     wanted = [index - 1, index] if method.reads_tower else layer
     states = llava.vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted).hidden_states
-    chosen = [states[index] if reads else states[i] for i in layers]
+    chosen = [states[index] if method.acts_in_tower else states[i] for i in layers]
     if strategy == "default":  # leave out the class token
         chosen = [state[:, 1:] for state in chosen]
     view = None
