@@ -126,9 +126,20 @@ def test_a_comparison_pairs_the_seeds_that_both_rows_have(study: Path) -> None:
     found = compared(table, Comparison("table1/a", "table1/b", ""), "scenes/score")
     assert found is not None and found.difference.points == pytest.approx(15) and found.n_seeds == (1, 1)
     assert found.verdict == "above" and found.difference.low > 0
+    assert found.by_seed == (pytest.approx(15),)
     assert compared(table, Comparison("table1/a", "table1/c", ""), "scenes/score") is None
     rows = differences_grid(table)
     assert rows[1][1].startswith("**+15.0 [") and rows[2][1] == "not run"
+
+
+def test_what_each_seed_says_stands_beside_the_interval(study: Path) -> None:
+    """Seed 0: 45 - 30 = +15, seed 1: 65 - 75 = -10. The interval over pictures does not show that they disagree."""
+    (study / "results/table1/b/1.json").write_text(json.dumps(result(share(0.7, 0.8), 1)))
+    table = load(study)
+    found = compared(table, Comparison("table1/a", "table1/b", ""), "scenes/score")
+    assert found is not None and found.by_seed == (pytest.approx(15), pytest.approx(-10))
+    told = " ".join(sentences(table))
+    assert "By seed: +15.0, -10.0." in told and "One seed" not in told
 
 
 def test_the_reading_follows_the_numbers(study: Path) -> None:
@@ -136,7 +147,7 @@ def test_the_reading_follows_the_numbers(study: Path) -> None:
     told = " ".join(sentences(load(study)))
     assert "A against b: better, +15.0 points" in told and "One seed" in told
     assert "4 of 6 rows have results; impossible here: 1; not run: 1." in told
-    assert "B against the ceiling of knowing what, but not where: below it in name." in told
+    assert "B against the ceiling of knowing what, but not where: on scenes below it in name." in told
     a, b = study / "results/table1/a/0.json", study / "results/table1/b/0.json"
     first, second = a.read_text(), b.read_text()
     a.write_text(second)

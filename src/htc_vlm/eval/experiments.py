@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 DEFAULTS, TABLES = "defaults.yaml", "tables.yaml"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a page of results reads 500 files; the C one is ten times as fast
 MERGED = ("training", "tasks")  # taken over key by key; the other keys as a whole
 TASK_KEYS = ("task", "split", "limit")
 
@@ -89,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({error})") from error
     if content is None:

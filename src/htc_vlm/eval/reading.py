@@ -94,19 +94,26 @@ def _gain_beside_the_papers(study: StudyTable, columns: Sequence[str]) -> list[s
 
 
 def comparisons(study: StudyTable) -> list[str]:
-    """One sentence per comparison: on the first headline, then the kinds whose interval excludes zero."""
+    """One sentence per comparison and task whose kinds are told apart, the first task's with the verdict in words."""
     out = []
-    first = headlines(study)[0]
     for comparison in study.table.compare:
-        found = compared(study, comparison, first)
-        if found is None:
-            continue
-        by_kind = [one for metric in kinds_of(study, first) if (one := compared(study, comparison, metric)) is not None]
-        out.append(_sentence(found, by_kind))
+        told: list[str] = []
+        for metric in of_all_kinds(study):
+            found = compared(study, comparison, metric)
+            if found is not None:
+                by_kind = [one for kind in kinds_of(study, metric) if (one := compared(study, comparison, kind)) is not None]
+                told.append(_sentence(found, by_kind, short=bool(told)))
+        if told:
+            out.append(" ".join(told))
     return out
 
 
-def _sentence(found: Compared, by_kind: Sequence[Compared]) -> str:
+def of_all_kinds(study: StudyTable) -> list[str]:
+    """"task/score" of the tasks whose kinds of question are columns."""
+    return [metric for metric in headlines(study) if metric.endswith("/score")]
+
+
+def _sentence(found: Compared, by_kind: Sequence[Compared], short: bool) -> str:
     one = found.difference
     interval = f"{one.points:+.1f} points [{one.low:+.1f}, {one.high:+.1f}]"
     most = max(-one.low, one.high)
@@ -117,11 +124,15 @@ def _sentence(found: Compared, by_kind: Sequence[Compared]) -> str:
     }[found.verdict]
     asks = found.comparison.asks[0].upper() + found.comparison.asks[1:]
     text = f"{asks}: {verdict} (first minus second, {one.n_questions:,} questions about {one.n_images:,} pictures)."
+    if short:
+        text = f"On {found.metric.partition('/')[0]}: {interval}."
     told = [kind for kind in by_kind if kind.verdict != "cannot tell"]
     moved = [f"{kind.metric.partition('/')[2]} {kind.difference.points:+.1f}" for kind in told]
     if moved:
         text += f" By kind, intervals without zero: {', '.join(moved)}."
-    if min(found.n_seeds) == 1:
+    if len(found.by_seed) > 1:
+        text += f" By seed: {', '.join(f'{points:+.1f}' for points in found.by_seed)}."
+    elif not short and min(found.n_seeds) == 1:
         text += " One seed: the interval does not hold the spread between seeds."
     return text
 
@@ -129,22 +140,30 @@ def _sentence(found: Compared, by_kind: Sequence[Compared]) -> str:
 def bindings(study: StudyTable) -> list[str]:
     """In which kinds a compressed row is above or below the bag-of-things ceiling, by a bootstrap over pictures."""
     out = []
-    first = headlines(study)[0]
     for row in study.rows:
         if row.status or row.training("steps") is None:
             continue
-        above, below = [], []
-        for metric in kinds_of(study, first):
-            low_high = _against_ceiling(study, row, metric)
-            if low_high is not None and low_high[0] > 0:
-                above.append(metric.partition("/")[2])
-            if low_high is not None and low_high[1] < 0:
-                below.append(metric.partition("/")[2])
-        if above or below:
-            told = [f"above it in {', '.join(above)}"] if above else []
-            told += [f"below it in {', '.join(below)}"] if below else []
-            out.append(f"{row.title} against the ceiling of knowing what, but not where: {'; '.join(told)}.")
+        tasks = []
+        for score in of_all_kinds(study):
+            told = _beside_ceiling(study, row, kinds_of(study, score))
+            if told:
+                tasks.append(f"on {score.partition('/')[0]} {told}")
+        if tasks:
+            out.append(f"{row.title} against the ceiling of knowing what, but not where: {'; '.join(tasks)}.")
     return out
+
+
+def _beside_ceiling(study: StudyTable, row: StudyRow, metrics: Sequence[str]) -> str:
+    above, below = [], []
+    for metric in metrics:
+        low_high = _against_ceiling(study, row, metric)
+        if low_high is not None and low_high[0] > 0:
+            above.append(metric.partition("/")[2])
+        if low_high is not None and low_high[1] < 0:
+            below.append(metric.partition("/")[2])
+    told = [f"above it in {', '.join(above)}"] if above else []
+    told += [f"below it in {', '.join(below)}"] if below else []
+    return ", ".join(told)
 
 
 def _against_ceiling(study: StudyTable, row: StudyRow, metric: str) -> tuple[float, float] | None:

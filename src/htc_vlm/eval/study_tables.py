@@ -218,12 +218,16 @@ def right_of(row: StudyRow, task: str, seeds: Sequence[int] | None = None) -> tu
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison on one metric. seeds: of each row that entered, the same ones where there are some."""
+    """A comparison on one metric. seeds: of each row that entered, the same ones where there are some.
+
+    by_seed: the difference in points of each seed that both have; the interval is over pictures, it does not hold their spread.
+    """
 
     comparison: Comparison
     metric: str
     difference: Difference
     n_seeds: tuple[int, int]
+    by_seed: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
@@ -247,7 +251,12 @@ def compared(study: StudyTable, comparison: Comparison, metric: str) -> Compared
         sides[0][0][chosen].tolist(), sides[1][0][chosen].tolist(), images, n_resamples=N_RESAMPLES
     )
     n = (len(common), len(common)) if common else (len(seeds[0]), len(seeds[1]))
-    return Compared(comparison, metric, difference, n)
+    by_seed = []
+    for seed in common:
+        one, other = right_of(first, task, [seed]), right_of(second, task, [seed])
+        if one is not None and other is not None:
+            by_seed.append(100 * float((one[0] - other[0])[chosen].mean()))
+    return Compared(comparison, metric, difference, n, tuple(by_seed))
 
 
 def headlines(study: StudyTable) -> list[str]:
