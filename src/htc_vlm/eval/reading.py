@@ -45,7 +45,7 @@ def state(study: StudyTable) -> list[str]:
     n_refused = sum(row.status == "impossible" for row in study.rows)
     n_missing = len(study.rows) - n_run - n_refused
     out = [f"{n_run} of {len(study.rows)} rows have results; impossible here: {n_refused}; not run: {n_missing}."]
-    trained = [row for row in study.rows if row.training("steps") is not None]
+    trained = trained_rows(study)
     if trained:
         steps = sorted({row.training("steps") or 0 for row in trained})
         seeds = sorted({len(row.results) for row in trained})
@@ -61,10 +61,19 @@ def state(study: StudyTable) -> list[str]:
     return out
 
 
+def trained_rows(study: StudyTable) -> list[StudyRow]:
+    """Rows with a training run, each run once: rows that are `same_as` an earlier one are left out."""
+    found: dict[str, StudyRow] = {}
+    for row in study.rows:
+        if not row.status and row.training("steps") is not None:
+            found.setdefault(row.source, row)
+    return list(found.values())
+
+
 def retained(study: StudyTable) -> list[str]:
     """Retention of the rows that have one, best first, beside the paper's where it prints the same method."""
     columns, left_out = separating(study, study.columns())
-    means = {row.title: both[0] for row in study.rows if (both := retention(study, row, columns)) and row.training("steps")}
+    means = {row.title: both[0] for row in trained_rows(study) if (both := retention(study, row, columns))}
     out = []
     if left_out and columns:
         names = ", ".join(label(column, study.columns()) for column in left_out)
@@ -140,9 +149,7 @@ def _sentence(found: Compared, by_kind: Sequence[Compared], short: bool) -> str:
 def bindings(study: StudyTable) -> list[str]:
     """In which kinds a compressed row is above or below the bag-of-things ceiling, by a bootstrap over pictures."""
     out = []
-    for row in study.rows:
-        if row.status or row.training("steps") is None:
-            continue
+    for row in trained_rows(study):
         tasks = []
         for score in of_all_kinds(study):
             told = _beside_ceiling(study, row, kinds_of(study, score))
