@@ -117,7 +117,17 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"table": table, "others": others, "speed": speed, "methods": methods}
+def study() -> str:
+    """Table 1 in two sentences: what each method keeps, and its first comparison."""
+    from htc_vlm.eval.reading import comparisons, retained
+    from htc_vlm.eval.study_tables import load_table
+
+    table1 = load_table("table1", ROOT / "experiments", ROOT / "results")
+    kept = [line for line in retained(table1) if line.startswith("Kept")]
+    return "\n".join(f"- {line}" for line in [*kept, *comparisons(table1)[:1]])
+
+
+BLOCKS = {"table": table, "others": others, "speed": speed, "study": study, "methods": methods}
 
 
 def rebuilt(text: str) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from htc_vlm.analysis.probe import as_markdown as probe_table
 from htc_vlm.eval.experiments import read_tables
@@ -119,6 +120,12 @@ def section(study: StudyTable, experiments: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def told_command(found: dict[str, Any]) -> str:
+    """The command of a result file; one that was run as `python -c ...` under the program's name."""
+    text = str(found["command"])
+    return text.replace("-c ", "htc-vlm ", 1) if text.startswith("-c ") else text
+
+
 def probing(results: Path) -> str:
     """Table 3: one table per file below results/probe."""
     parts = []
@@ -127,7 +134,7 @@ def probing(results: Path) -> str:
         told = (
             f"`{found['model']}`, {found['scenes']}, split {found['test_split']}: probes fitted on "
             f"{found['n_train']['items']:,} things, tested on {found['n_test']['items']:,}. {link(file, 'Numbers')}, made by "
-            f"`{found['command']}`."
+            f"`{told_command(found)}`."
         )
         parts += [f"### {file.stem}", told, probe_table(found).strip().replace("\n\n", "\n\n- ", 1)]
     if not parts:
@@ -156,7 +163,7 @@ def attention(results: Path) -> str:
         lines.append([one["label"] or one["model"], *cells, f"{100 * even:.1f} %", highest])
     told = (
         f"The attention of the bottleneck token, mean over heads, for {len(found['pictures'])} test scenes, a row each, in "
-        f"the forward pass that is evaluated. {link(file, 'Numbers')}, made by `{found['command']}`. Over the pictures: "
+        f"the forward pass that is evaluated. {link(file, 'Numbers')}, made by `{told_command(found)}`. Over the pictures: "
         f"[figure3-pictures.png](assets/results/figure3-pictures.png)."
     )
     parts = ["## Figure 3: what the bottleneck looks at", told, to_markdown(lines)]
