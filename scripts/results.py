@@ -50,6 +50,15 @@ Tokens: those that a question meets, mean over layers; to make a bottleneck toke
 leaves out columns whose bounds are less than {MIN_APART:g} points apart. Intervals are 95 %, from {N_RESAMPLES:,}
 resamples of the pictures; of twenty about one misses by chance. Bold: zero is outside.
 """
+SHIPPED = """\
+## The shipped models
+
+![Right answers by kind of question: uncompressed, one token, lower bound](assets/tiny.png)
+
+`tiny-upper` and `tiny`, trained longer than the rows below; the numbers are in the README and in `results/tiny`, one file per
+model and task with its command, and `python scripts/readme.py` draws this.
+"""
+
 
 
 def link(path: Path, text: str) -> str:
@@ -235,7 +244,7 @@ def still_small(studies: Sequence[StudyTable]) -> str:
 def page(experiments: Path, results: Path) -> tuple[str, list[StudyTable]]:
     """The whole page and its tables."""
     studies = [load_table(name, experiments, results) for name in read_tables(experiments)]
-    parts = [HEAD.rstrip()]
+    parts = [HEAD.rstrip(), SHIPPED.rstrip()]
     parts += [section(study, experiments) for study in studies]
     parts += [part for part in (probing(results), attention(results), from_the_cache(results)) if part]
     parts += ["## What ran where", where_it_ran(studies), "## What is still small", still_small(studies)]
