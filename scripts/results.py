@@ -1,6 +1,6 @@
 """Rebuild docs/results.md and its plots from results/ and experiments/; --check only compares the text.
 
-    python scripts/results.py [--check]
+python scripts/results.py [--check]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from htc_vlm.analysis.probe import as_markdown as probe_table
 from htc_vlm.eval.experiments import read_tables
 from htc_vlm.eval.paper import table2_rows
-from htc_vlm.eval.reading import sentences
+from htc_vlm.eval.reading import sentences, short_grid
 from htc_vlm.eval.study_plots import draw
 from htc_vlm.eval.study_tables import (
     MIN_APART,
@@ -25,6 +25,7 @@ from htc_vlm.eval.study_tables import (
     StudyTable,
     cost_grid,
     differences_grid,
+    first_tokens,
     lines_grid,
     load_table,
     refusals,
@@ -50,6 +51,12 @@ Tokens: those that a question meets, mean over layers; to make a bottleneck toke
 leaves out columns whose bounds are less than {MIN_APART:g} points apart. Intervals are 95 %, from {N_RESAMPLES:,}
 resamples of the pictures; of twenty about one misses by chance. Bold: zero is outside.
 """
+IN_SHORT = """\
+## In short
+
+Every comparison of the tables below over all questions of the pictograms, first minus second. With one seed the interval does
+not hold the spread between seeds, which is several points here: such a line is a hint.
+"""
 SHIPPED = """\
 ## The shipped models
 
@@ -58,7 +65,6 @@ SHIPPED = """\
 `tiny-upper` and `tiny`, trained longer than the rows below; the numbers are in the README and in `results/tiny`, one file per
 model and task with its command, and `python scripts/readme.py` draws this.
 """
-
 
 
 def link(path: Path, text: str) -> str:
@@ -120,13 +126,25 @@ def section(study: StudyTable, experiments: Path) -> str:
     parts += ["### Retention", to_markdown(retention_grid(study))]
     if study.table.compare:
         parts += ["### Differences", "First minus second, in points.", to_markdown(differences_grid(study))]
-    parts += ["### Cost", to_markdown(cost_grid(study))]
+    parts += ["### Cost", timing(study), to_markdown(cost_grid(study))]
     if refused := refusals(study):
         parts += ["### Impossible here", "\n".join(f"- {title}: {why}" for title, why in refused)]
     if study.table.name == "table2":
         parts.append(paper_beside_ours(study))
     parts += ["### Rows", definitions(study, experiments)]
     return "\n\n".join(part for part in parts if part)
+
+
+def timing(study: StudyTable) -> str:
+    """How the milliseconds were measured; "" where none were."""
+    found = first_tokens(study.folder)
+    if all(row.first_token_ms is None for row in study.rows):
+        return ""
+    return (
+        f"First token: the median of {found['rounds']} rounds in which all rows took turns, {found['device']}, "
+        f"{found['threads']} threads, the tower's features and a bottleneck's cells made before; "
+        f"`python benchmarks/first_token.py`, {link(study.folder / 'first_token.json', 'with quartiles')}."
+    )
 
 
 def told_command(found: dict[str, Any]) -> str:
@@ -244,7 +262,8 @@ def still_small(studies: Sequence[StudyTable]) -> str:
 def page(experiments: Path, results: Path) -> tuple[str, list[StudyTable]]:
     """The whole page and its tables."""
     studies = [load_table(name, experiments, results) for name in read_tables(experiments)]
-    parts = [HEAD.rstrip(), SHIPPED.rstrip()]
+    short = short_grid(studies)
+    parts = [HEAD.rstrip(), *([IN_SHORT.rstrip(), to_markdown(short)] if len(short) > 1 else []), SHIPPED.rstrip()]
     parts += [section(study, experiments) for study in studies]
     parts += [part for part in (probing(results), attention(results), from_the_cache(results)) if part]
     parts += ["## What ran where", where_it_ran(studies), "## What is still small", still_small(studies)]

@@ -180,7 +180,7 @@ def test_killed_and_started_again_it_gives_the_same_answers(study: Path) -> None
     process = subprocess.Popen([sys.executable, "-c", train_and_eval.CHILD, "train-and-eval", *other],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     train = study / "again/table1/voco/0/train"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(train.glob("checkpoint-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -15,9 +15,10 @@ import yaml
 from htc_vlm.cli import table as table_command
 from htc_vlm.eval import records
 from htc_vlm.eval.experiments import Comparison, followed, read_experiment, read_tables
-from htc_vlm.eval.reading import sentences
+from htc_vlm.eval.reading import sentences, short_grid
 from htc_vlm.eval.study_tables import (
     compared,
+    cost_grid,
     csv_grid,
     differences_grid,
     lines_grid,
@@ -53,7 +54,7 @@ def result(right: np.ndarray, seed: int, steps: int | None = 100, **more: Any) -
     answers = {"scenes": {"questions_sha256": "f" * 64, "n_questions": len(right), "right": records.packed_bits(right)}}
     return {
         "metrics": records.metrics_of("scenes", right, questions()), "answers": answers, "seed": seed, "training": training,
-        "cached_tokens": 1.0, "equivalent_tokens": 37.0, "first_token_ms": 5.0, "device": "cpu", "seconds": 61.0, **more,
+        "cached_tokens": 1.0, "equivalent_tokens": 37.0, "device": "cpu", "seconds": 61.0, **more,
     }  # fmt: skip
 
 
@@ -101,6 +102,20 @@ def test_scores_stand_beside_baselines_and_missing_rows_are_shown(study: Path) -
     assert by_row["*ceiling: knows what, not where*"] == ["", "50.0", "100.0", "75.0", ""]
 
 
+def test_the_first_token_s_time_is_that_of_one_run_of_all_rows(study: Path) -> None:
+    """Times taken row by row, hours apart, say more of the machine than of the method; D @192 shows A's row and its time."""
+    assert load(study).rows[1].first_token_ms is None
+    path = study / "results" / "first_token.json"
+    path.write_text(json.dumps({"rows": {"table1/a": {"ms": 12.5, "low": 12, "high": 13}}}))
+    assert load(study).rows[1].first_token_ms == load(study, "table2").rows[0].first_token_ms == 12.5
+    cells = {line[0]: line[4] for line in cost_grid(load(study))[1:]}
+    assert cells["A"] == "12.5" and cells["B"] == ""
+    for damaged in ("{", '{"rows": {"table1/a": {"ms": "soon"}}}', '{"times": 1}', '{"rows": [1]}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"first_token\.json: damaged .* run benchmarks/first_token.py again"):
+            load(study)
+
+
 def test_retention_by_both_formulas(study: Path) -> None:
     """a: (40 - 10) / 80 = 37.5 and (70 - 20) / 60 = 83.3, mean 60.4; of the upper bound 44.4 and 87.5, mean 66.0."""
     by_row = {line[0]: line[1:] for line in retention_grid(load(study))[1:]}
@@ -140,6 +155,23 @@ def test_what_each_seed_says_stands_beside_the_interval(study: Path) -> None:
     assert found is not None and found.by_seed == (pytest.approx(15), pytest.approx(-10))
     told = " ".join(sentences(table))
     assert "By seed: +15.0, -10.0." in told and "One seed" not in told
+
+
+def test_in_short_a_difference_is_one_that_no_seed_turns_round(study: Path) -> None:
+    """One seed: +15, better. Two: +15 and -10, in the mean +2.5; were its interval above zero, a seed would still disagree."""
+    lines = short_grid([load(study)])
+    assert lines[0] == ["first against second, points", "scenes", "seeds", "so the first is"]
+    assert [line[0] for line in lines[1:]] == ["a against b"]  # the other comparison was not run
+    assert lines[1][1].startswith("**+15.0 [") and lines[1][2:] == ["1", "better"]
+    assert short_grid([load(study)], min_seeds=2) == lines[:1]
+    (study / "results/table1/b/1.json").write_text(json.dumps(result(share(0.52, 0.82), 1)))  # 65 - 67: -2
+    assert short_grid([load(study)], min_seeds=2)[1][2:] == ["2", "better (not with every seed)"]
+    for row, name in (("a", "b"), ("b", "a")):
+        (study / f"{row}.json").write_text((study / f"results/table1/{name}/0.json").read_text())
+    for row in "ab":
+        (study / f"{row}.json").rename(study / f"results/table1/{row}/0.json")
+        (study / f"results/table1/{row}/1.json").unlink()
+    assert short_grid([load(study)])[1][3] == "worse"
 
 
 def test_the_reading_follows_the_numbers(study: Path) -> None:

@@ -10,8 +10,6 @@ all. Answers go to answers.jsonl as in eval/run.py: restartable, nothing asked t
 from __future__ import annotations
 
 import hashlib
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,14 +23,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from htc_vlm.eval import records
 from htc_vlm.eval.answers import append_answers, read_answers, repair_tail, require_all
-from htc_vlm.eval.run import Ask, ask_batch, batches
+from htc_vlm.eval.run import ask_batch, batches
 from htc_vlm.eval.task import HasBaselines, Item, check_split, make_task
 from htc_vlm.model.answering import Answerer, AskLike
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.train.features import FeatureCache, fill, load_picture, meta_for
 from htc_vlm.train.setup import code_key
-
-N_TIMED, N_TIMINGS = 32, 5  # questions in the timed batch, and how often it is run
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +148,7 @@ class SharedAnswerer(Answerer):
         return [[next(texts) for _ in ask.questions] for ask in asks]
 
 
-# ------------------------------------------------------------------------------------------------ answers and measures
+# ------------------------------------------------------------------------------------------------ answers and schedule
 def answer_all(answerer: Answerer, tests: TaskSet, folder: Path, batch_size: int) -> dict[str, str]:
     """{question id: answer}; asked again, only what answers.jsonl lacks."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,18 +164,6 @@ def answer_all(answerer: Answerer, tests: TaskSet, folder: Path, batch_size: int
             append_answers(path, ask_batch(answerer, batch, max_new_tokens))
             bar.update(sum(map(len, batch)))
     return require_all(read_answers(path, tests.items), tests.items, path)
-
-
-def first_token_ms(answerer: SharedAnswerer, tests: TaskSet) -> float:
-    """Median milliseconds until a batch of 32 questions has its first token, pictures encoded before."""
-    batch = next(iter(batches(tests.items[:N_TIMED], N_TIMED)))
-    asks = [Ask(group[0].image, group[0].load, [item.prompt for item in group]) for group in batch]
-    seconds = []
-    for _ in range(N_TIMINGS + 1):  # the first warms up
-        start = time.perf_counter()
-        answerer.answer_batch(asks, max_new_tokens=1)
-        seconds.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(seconds[1:]), 2)
 
 
 @torch.no_grad()

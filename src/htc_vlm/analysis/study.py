@@ -315,7 +315,7 @@ def prepare(jobs: Sequence[Job], study: Study) -> None:
         if key in seen or job.impossible:
             continue
         seen.add(key)
-        model = starting_model(job, study)
+        model, _ = starting_model(job, study)
         for tests in task_sets(job.experiment, study).values():
             evaluating.with_baselines(tests, study.results)
             evaluating.features_of(tests, model.model.vision_tower, study.cache)
@@ -324,14 +324,16 @@ def prepare(jobs: Sequence[Job], study: Study) -> None:
             _fill_training(job, model, study)
 
 
-def starting_model(job: Job, study: Study) -> Any:
-    """The model before training, on the study's device."""
+def starting_model(job: Job, study: Study) -> tuple[Any, Any]:
+    """(model, processor) before training, on the study's device."""
     experiment = job.experiment
     if experiment.start is None:
         tower = os.environ.get("HTC_VLM_TOWER")
-        return presets.build_tiny(stage_preset(experiment, job.seed), tower, job.seed)[0].to(study.device)
+        model, processor = presets.build_tiny(stage_preset(experiment, job.seed), tower, job.seed)
+        return model.to(study.device), processor
     mgvq = quantizer_of(str(experiment.mgvq), study.work) if needs_quantizer(experiment.compressor) else None
-    return with_compressor(find(experiment.start), experiment.compressor, mgvq, dtype=torch.float32)[0].to(study.device)
+    model, processor = with_compressor(find(experiment.start), experiment.compressor, mgvq, dtype=torch.float32)
+    return model.to(study.device), processor
 
 
 def _fill_training(job: Job, model: Any, study: Study) -> None:
@@ -449,7 +451,7 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
         return {"metrics": {}, "impossible": str(error)}
     out: dict[str, Any] = {"metrics": {}, "answers": {}, "fingerprint": model.fingerprint()}
     started = time.perf_counter()
-    with _applied(job, model) as applied:
+    with applied_method(job, model) as applied:
         for name, one in tests.items():
             answerer = evaluating.SharedAnswerer(model, processor, one, caches[name], codes[name])
             texts = evaluating.answer_all(answerer, one, job.folder(study) / "eval" / name, study.batch_size)
@@ -461,7 +463,6 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
                 "n_questions": len(right),
                 "right": records.packed_bits(right),
             }
-            out.setdefault("first_token_ms", evaluating.first_token_ms(answerer, one))
     compressor = model.model.compressor if applied is None else applied.method
     n_patches, n_layers = next(iter(caches.values())).meta.n_patches, len(schedule)
     return out | {
@@ -474,7 +475,7 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
     }
 
 
-def _applied(job: Job, model: Any) -> Any:
+def applied_method(job: Job, model: Any) -> Any:
     """The block in which the job's method is applied; one that gives None where there is none."""
     return nullcontext() if job.config["method"] is None else compressors.apply(model, **job.config["method"])
 

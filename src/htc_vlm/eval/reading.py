@@ -6,7 +6,7 @@ Differs: nothing known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,10 +21,12 @@ from htc_vlm.eval.study_tables import (
     StudyTable,
     compared,
     headlines,
+    interval_text,
     kinds_of,
     label,
     retention,
     right_of,
+    seeds_text,
     separating,
 )
 
@@ -117,8 +119,40 @@ def comparisons(study: StudyTable) -> list[str]:
     return out
 
 
+def short_grid(studies: Sequence[StudyTable], min_seeds: int = 1) -> list[list[str]]:
+    """Every comparison in one line: difference over all questions of each task with its interval, and the verdict.
+
+    min_seeds: leave out comparisons in which a row has fewer.
+    """
+    tasks = list(dict.fromkeys(metric for study in studies for metric in of_all_kinds(study)))
+    lines = [["first against second, points", *(metric.partition("/")[0] for metric in tasks), "seeds", "so the first is"]]
+    for study in studies:
+        for comparison in study.table.compare:
+            found = {metric: one for metric in tasks if (one := compared(study, comparison, metric)) is not None}
+            if found and min(seeds := next(iter(found.values())).n_seeds) >= min_seeds:
+                cells = [interval_text(found[metric]) if metric in found else "" for metric in tasks]
+                lines.append([comparison.asks, *cells, seeds_text(seeds), verdict_of(found)])
+    return lines
+
+
+def verdict_of(found: Mapping[str, Compared]) -> str:
+    """ "better", "worse", "better on TASK", ... where an interval leaves zero out; "not told apart" where none does.
+
+    The interval is over pictures: a difference that some seed turns round is said to be one.
+    """
+    words = {"above": "better", "below": "worse"}
+    told = {}
+    for metric, one in found.items():
+        if one.verdict in words:
+            turned = any(points * one.difference.points <= 0 for points in one.by_seed)
+            told[metric.partition("/")[0]] = words[one.verdict] + (" (not with every seed)" if turned else "")
+    if len(told) == len(found) and len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return ", ".join(f"{word} on {task}" for task, word in told.items()) or "not told apart"
+
+
 def of_all_kinds(study: StudyTable) -> list[str]:
-    """"task/score" of the tasks whose kinds of question are columns."""
+    """ "task/score" of the tasks whose kinds of question are columns."""
     return [metric for metric in headlines(study) if metric.endswith("/score")]
 
 

@@ -104,7 +104,7 @@ def _lines(study: StudyTable, plt: Any) -> Any:
     for colour, (name, members) in zip(COLOURS * 2, study.table.lines.items(), strict=False):
         points = []
         for row in (by_name[member] for member in members if member in by_name):
-            cell, tokens, ms = mean_score(row, columns), row.mean_of("cached_tokens"), row.mean_of("first_token_ms")
+            cell, tokens, ms = mean_score(row, columns), row.mean_of("cached_tokens"), row.first_token_ms
             if cell is not None and tokens is not None:
                 points.append((tokens, cell.mean, ms))
         style = "--" if "(trained)" in name else "-"

@@ -31,13 +31,17 @@ BLIND = ("question only", "majority", "bag of things")  # names in the baselines
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One row of a table. source: "table/row" whose results it shows; results: by seed, with "file"."""
+    """One row of a table. source: "table/row" whose results it shows; results: by seed, with "file".
+
+    first_token_ms: of 32 questions, measured apart (benchmarks/first_token.py).
+    """
 
     name: str
     title: str
     note: str
     source: str
     results: tuple[dict[str, Any], ...]
+    first_token_ms: float | None = None
 
     @property
     def impossible(self) -> str | None:
@@ -131,11 +135,25 @@ def results_of(folder: Path, source: str) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
+def first_tokens(folder: Path) -> dict[str, Any]:
+    """What benchmarks/first_token.py wrote: the run, and {"table/row": {"ms", "low", "high"}} under "rows"; {} without it."""
+    path = folder / "first_token.json"
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found | {"rows": {row: {name: float(ms) for name, ms in one.items()} for row, one in found["rows"].items()}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it from git, or run benchmarks/first_token.py again") from error
+
+
 def row_of(experiments: Path, results: Path, table: str, name: str) -> StudyRow:
     """A row by its YAML file."""
     file = experiments / table / f"{name}.yaml"
     own, shown = read_experiment(file), followed(file)
-    return StudyRow(name, own.title or name, own.note or shown.note, shown.name, results_of(results, shown.name))
+    first_token = first_tokens(results).get("rows", {}).get(shown.name, {}).get("ms")
+    found = results_of(results, shown.name)
+    return StudyRow(name, own.title or name, own.note or shown.note, shown.name, found, first_token)
 
 
 def load_table(name: str, experiments: Path, results: Path) -> StudyTable:
@@ -335,7 +353,7 @@ def cost_grid(study: StudyTable) -> list[list[str]]:
             _text(row.mean_of("equivalent_tokens")),
             _text(row.mean_of("cached_tokens")),
             "yes" if independent == {True} else "no",
-            _text(row.mean_of("first_token_ms")),
+            _text(row.first_token_ms),
             _text(row.training("steps"), ",.0f"),
             _text(row.training("seconds"), ",.0f"),
             _text(row.training("images_per_second")),
@@ -372,9 +390,9 @@ def differences_grid(study: StudyTable) -> list[list[str]]:
     lines = [["comparison", *(_headline(metric) for metric in metrics), "seeds"]]
     for comparison in study.table.compare:
         found = [compared(study, comparison, metric) for metric in metrics]
-        cells = [NOT_RUN if one is None else _interval(one) for one in found]
+        cells = [NOT_RUN if one is None else interval_text(one) for one in found]
         some = next((one for one in found if one is not None), None)
-        lines.append([comparison.asks, *cells, "" if some is None else _seeds(some)])
+        lines.append([comparison.asks, *cells, "" if some is None else seeds_text(some.n_seeds)])
     return lines
 
 
@@ -382,13 +400,18 @@ def _headline(metric: str) -> str:
     return f"{metric.removesuffix('/score')}, all" if metric.endswith("/score") else metric
 
 
-def _interval(one: Compared) -> str:
+def interval_text(one: Compared) -> str:
+    """Points and interval; bold where zero is outside."""
     text = f"{one.difference.points:+.1f} [{one.difference.low:+.1f}, {one.difference.high:+.1f}]"
     return text if one.verdict == "cannot tell" else f"**{text}**"
 
 
-def _seeds(one: Compared) -> str:
-    return str(one.n_seeds[0]) if one.n_seeds[0] == one.n_seeds[1] else f"{one.n_seeds[0]} and {one.n_seeds[1]}"
+def seeds_text(n_seeds: tuple[int, int]) -> str:
+    """
+    >>> seeds_text((3, 3)), seeds_text((3, 1))
+    ('3', '3 and 1')
+    """
+    return str(n_seeds[0]) if n_seeds[0] == n_seeds[1] else f"{n_seeds[0]} and {n_seeds[1]}"
 
 
 def csv_grid(study: StudyTable) -> list[list[str]]:
@@ -396,7 +419,7 @@ def csv_grid(study: StudyTable) -> list[list[str]]:
     numbers: dict[str, Callable[[StudyRow], float | None]] = {
         "equivalent_tokens": lambda row: row.mean_of("equivalent_tokens"),
         "cached_tokens": lambda row: row.mean_of("cached_tokens"),
-        "first_token_ms": lambda row: row.mean_of("first_token_ms"),
+        "first_token_ms": lambda row: row.first_token_ms,
         "training_seconds": lambda row: row.training("seconds"),
     }
     metrics = study.metrics
