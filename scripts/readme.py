@@ -118,13 +118,17 @@ def methods() -> str:
 
 
 def study() -> str:
-    """Table 1 in two sentences: what each method keeps, and its first comparison."""
-    from htc_vlm.eval.reading import comparisons, retained
+    """What each method of Table 1 keeps, and the comparisons for which both rows have three seeds."""
+    from htc_vlm.eval.experiments import read_tables
+    from htc_vlm.eval.reading import retained, short_grid
     from htc_vlm.eval.study_tables import load_table
+    from htc_vlm.eval.tables import to_markdown
 
-    table1 = load_table("table1", ROOT / "experiments", ROOT / "results")
-    kept = [line for line in retained(table1) if line.startswith("Kept")]
-    return "\n".join(f"- {line}" for line in [*kept, *comparisons(table1)[:1]])
+    studies = [load_table(name, ROOT / "experiments", ROOT / "results") for name in read_tables(ROOT / "experiments")]
+    kept = [line for line in retained(studies[0]) if line.startswith("Kept")]
+    sizes = ", ".join(f"{len(asked):,} on {name}" for name, asked in studies[0].questions.items() if name.startswith("pict"))
+    told = f"Comparisons with three seeds on both sides, over all questions ({sizes}), 95 % intervals over pictures:"
+    return "\n\n".join([*kept, told, to_markdown(short_grid(studies, min_seeds=3))])
 
 
 BLOCKS = {"table": table, "others": others, "speed": speed, "study": study, "methods": methods}

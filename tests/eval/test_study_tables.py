@@ -108,7 +108,7 @@ def test_the_first_token_s_time_is_that_of_one_run_of_all_rows(study: Path) -> N
     path = study / "results" / "first_token.json"
     path.write_text(json.dumps({"rows": {"table1/a": {"ms": 12.5, "low": 12, "high": 13}}}))
     assert load(study).rows[1].first_token_ms == load(study, "table2").rows[0].first_token_ms == 12.5
-    cells = {line[0]: line[4] for line in cost_grid(load(study))[1:]}
+    cells = {line[0]: line[5] for line in cost_grid(load(study))[1:]}
     assert cells["A"] == "12.5" and cells["B"] == ""
     for damaged in ("{", '{"rows": {"table1/a": {"ms": "soon"}}}', '{"times": 1}', '{"rows": [1]}'):
         path.write_text(damaged)

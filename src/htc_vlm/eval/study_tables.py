@@ -341,18 +341,20 @@ def _means(mean: RowMean, columns: Sequence[str]) -> list[str]:
 
 def cost_grid(study: StudyTable) -> list[list[str]]:
     """What a row costs: tokens, time to the first token, training."""
-    head = ["row", "tokens entering, mean of layers", "tokens a question meets", "any question"]
+    head = ["row", "tokens entering, mean of layers", "tokens a question meets", "any question", "weights, million"]
     lines = [[*head, "first token, ms (32 questions)", "steps", "training, s", "pictures/s", "evaluation, s", "device"]]
     for row in study.rows:
         if row.status:
-            lines.append([row.title, row.status, *[""] * 8])
+            lines.append([row.title, row.status, *[""] * 9])
             continue
+        weights = row.mean_of("parameters")
         independent = {bool(result.get("question_independent", True)) for result in row.results}
         lines.append([
             row.title,
             _text(row.mean_of("equivalent_tokens")),
             _text(row.mean_of("cached_tokens")),
             "yes" if independent == {True} else "no",
+            _text(None if weights is None else weights / 1e6, ".2f"),
             _text(row.first_token_ms),
             _text(row.training("steps"), ",.0f"),
             _text(row.training("seconds"), ",.0f"),
