@@ -38,7 +38,8 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 table: $(READY)
-	$(BIN)/htc-vlm table
+	$(BIN)/python scripts/results.py
+	$(BIN)/python scripts/readme.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -51,6 +51,7 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fastv", {}),
     ("pyramid_drop", {}),
     ("sparse_vlm", {}),
+    ("sparse_vlm", {"plus": True}),
     ("voco", {}),
     ("htc", {}),
 )

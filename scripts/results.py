@@ -153,6 +153,12 @@ def told_command(found: dict[str, Any]) -> str:
     return text.replace("-c ", "htc-vlm ", 1) if text.startswith("-c ") else text
 
 
+def as_list(markdown: str) -> str:
+    """A table, an empty line and further lines -> the same with these as a list."""
+    table, _, rest = markdown.strip().partition("\n\n")
+    return "\n\n".join([table, "\n".join(f"- {line}" for line in rest.splitlines())]) if rest else table
+
+
 def probing(results: Path) -> str:
     """Table 3: one table per file below results/probe."""
     parts = []
@@ -163,7 +169,7 @@ def probing(results: Path) -> str:
             f"{found['n_train']['items']:,} things, tested on {found['n_test']['items']:,}. {link(file, 'Numbers')}, made by "
             f"`{told_command(found)}`."
         )
-        parts += [f"### {file.stem}", told, probe_table(found).strip().replace("\n\n", "\n\n- ", 1)]
+        parts += [f"### {file.stem}", told, as_list(probe_table(found))]
     if not parts:
         return ""
     told = (

@@ -27,7 +27,7 @@ def table(budget: int) -> dict[str, cost.Row]:
     ],
 )
 def test_published_budgets_as_means_over_layers(budget: int, expected: dict[str, float]) -> None:
-    """specs/baselines.md sections 5 to 7: the same name, "64 tokens", stands for 64 to 82 of them."""
+    """docs/specs/baselines.md sections 5 to 7: the same name, "64 tokens", stands for 64 to 82 of them."""
     rows = table(budget)
     means = {name: row.equivalent_tokens for name, row in rows.items()}
     exact = dict.fromkeys(("random_drop", "divprune", "tome", "visionzip", "qformer"), float(budget))
@@ -44,7 +44,7 @@ def test_the_authors_own_numbers_stand_beside() -> None:
 
 
 def test_flops_and_bytes_of_llava() -> None:
-    """8.178 TFLOPs for 576 patches and 40 words (specs/ecosystem.md section 7); half a MiB per fp16 entry."""
+    """8.178 TFLOPs for 576 patches and 40 words (docs/specs/ecosystem.md section 7); half a MiB per fp16 entry."""
     rows = table(64)
     assert rows["none"].prefill_tflops == pytest.approx(8.178, abs=0.001)
     assert rows["none"].cache_mib == 288
@@ -55,7 +55,7 @@ def test_flops_and_bytes_of_llava() -> None:
 
 
 def test_pre_fusion_costs_what_its_layers_cost() -> None:
-    """LLaVA-Mini's one token would look free: 1.96 TFLOPs with pre-fusion, 0.96 without (specs/baselines.md section 8)."""
+    """LLaVA-Mini's one token would look free: 1.96 TFLOPs with pre-fusion, 0.96 without (docs/specs/baselines.md section 8)."""
     rows, _ = cost.rows(1, 576, LLAMA_7B, n_text=40)
     with_it, without = (row for row in rows if row.method == "llava_mini")
     assert with_it.prefill_tflops - without.prefill_tflops == pytest.approx(1.96 - 0.96, abs=0.05)

@@ -94,9 +94,9 @@ def run_layer(model: Any, index: int, states: Tensor, position: Tensor) -> tuple
 
 
 def embed(model: Any, ids: Tensor, pixels: Tensor) -> Tensor:
-    """(L,) ids with one image's placeholders -> (1, L, D), what stock LLaVA gives layer 0."""
+    """(L,) ids with the placeholders of all images -> (1, L, D), what stock LLaVA gives layer 0."""
     embeds = model.get_input_embeddings()(ids[None]).clone()
-    embeds[0, ids == IMAGE] = model.model.get_image_features(pixel_values=pixels).pooler_output[0]
+    embeds[0, ids == IMAGE] = torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
     return embeds
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from htc_vlm import HtcVlmConfig, HtcVlmForConditionalGeneration, compressors, load
+from htc_vlm.compressors import COMPRESSORS, AppliedOnly
 
 N_NEW = 5
 INSIDE = {
@@ -39,6 +51,12 @@ KEEP_ALL = [
     ("divprune", {"n_keep": 16}),
     ("tome", {"merges": (0, 0, 0)}),
     ("tome", {"n_keep": 16, "place": "after_tower"}),
+]
+EXAMPLES = [  # of every method that only `apply` can run: a new one is tested as soon as it is registered
+    (name, example)
+    for name in compressors.names()
+    if issubclass(COMPRESSORS.get(name), AppliedOnly)
+    for example in COMPRESSORS.get(name).EXAMPLES
 ]
 both = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 inside = pytest.mark.parametrize("case", INSIDE)
@@ -73,6 +91,75 @@ def test_cached_generation_is_uncached_recomputation(llavas: Any, prompts: Any, 
             extra = {"prompt_length": n_prompt} if case in INSIDE else {}
             again = model(ids, attention_mask=mask, pixel_values=batch["pixel_values"], use_cache=False, **extra)
             close(again.logits[:, -1], logits)
+
+
+@both
+@pytest.mark.parametrize(("name", "settings"), [*EXAMPLES, *((case.rstrip("+"), ALL[case]) for case in ALL)])
+def test_generation_without_a_cache_gives_the_same(
+    llavas: Any, prompts: Any, attention: str, name: str, settings: dict[str, Any]
+) -> None:
+    """Without a cache the prompt is read anew with each token: the answer's last token chose the patches, not the question."""
+    model = llavas[attention]
+    with compressors.apply(model, name, **settings) as run:
+        cached = answer(model, prompts.batch)
+        assert run.schedule == run.method.schedule(16, 6)
+        anew = answer(model, prompts.batch, use_cache=False)
+        alone = answer(model, prompts.one(1))
+    assert torch.equal(cached.sequences, anew.sequences)
+    close(torch.stack(cached.logits), torch.stack(anew.logits))
+    close(torch.stack(cached.logits)[:, 1], torch.stack(alone.logits)[:, 0])
+
+
+def test_every_applied_method_has_cases() -> None:
+    """The dictionaries above are written by hand."""
+    assert {name for name, _ in EXAMPLES} <= {case.rstrip("+") for case in ALL}
+
+
+@inside
+def test_right_padding_gives_what_the_samples_give(llava: Any, prompts: Any, case: str) -> None:
+    """`apply` promises logits that are left-padded, however the prompts came."""
+    longest = prompts.batch["input_ids"].shape[1]
+    ids = torch.stack([torch.nn.functional.pad(ids, (0, longest - len(ids))) for ids in prompts.samples])
+    mask = torch.stack([torch.arange(longest) < len(ids) for ids in prompts.samples]).long()
+    with applied(llava, case):
+        batch = llava(ids, attention_mask=mask, pixel_values=prompts.batch["pixel_values"]).logits
+        for i in range(3):
+            close(batch[i, -1], llava(**prompts.one(i)).logits[0, -1])
+
+
+@pytest.fixture
+def two_dimensional() -> Any:
+    """The name of an attention backend that, like flash attention, gets 2-D masks, and that minds what it gets."""
+    name, scaled = "two_dimensional", torch.nn.functional.scaled_dot_product_attention
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
+        assert attention_mask is None or attention_mask.ndim == 2
+        assert kwargs.get("position_ids") is None  # flash takes gaps in them for the ends of packed sequences
+        n_query, n_key = query.shape[2], key.shape[2]
+        visible = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)[None, None]
+        if attention_mask is not None:
+            visible = visible & attention_mask[:, None, None, -n_key:].bool()
+        visible = visible | ~visible.any(dim=-1, keepdim=True)  # padding looks somewhere
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return scaled(query, key, value, attn_mask=visible, scale=scaling).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, flash_attention_mask)
+    yield name
+    ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+
+
+@inside
+def test_a_backend_that_takes_no_masks_of_ours_gives_the_same(
+    new_llava: Any, llavas: Any, prompts: Any, two_dimensional: str, case: str
+) -> None:
+    """Flash attention stays usable: layers get a 2-D mask and no positions, prefill and decoding."""
+    model = new_llava()
+    model.set_attn_implementation({"text_config": two_dimensional})
+    with applied(model, case), applied(llavas["sdpa"], case):
+        close(torch.stack(answer(model, prompts.batch).logits), torch.stack(answer(llavas["sdpa"], prompts.batch).logits))
 
 
 @inside
@@ -117,6 +204,8 @@ def test_beams_are_those_of_one_sample(llavas: Any, prompts: Any, case: str) -> 
     with applied(model, case):
         batch = answer(model, prompts.batch, num_beams=3, num_return_sequences=2).sequences
         one = answer(model, prompts.one(1), num_beams=3, num_return_sequences=2).sequences
+        anew = answer(model, prompts.batch, num_beams=3, num_return_sequences=2, use_cache=False).sequences
+    assert torch.equal(batch, anew)
     assert batch.shape[0] == 6
     assert torch.equal(batch[2:4, -N_NEW:], one[:, -N_NEW:])
 
@@ -169,6 +258,24 @@ def test_afterwards_the_model_is_bit_identical(llavas: Any, prompts: Any, case: 
 
 
 @every
+def test_an_exception_in_the_middle_of_a_layer_leaves_nothing(new_llava: Any, prompts: Any, case: str) -> None:
+    """Out of memory comes there, on a model that has answered nothing yet; then a smaller batch is tried."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    model, stock = new_llava(), new_llava()
+    for tried, block in ((model, applied(model, case)), (stock, nullcontext())):
+        layer = tried.model.language_model.layers[3]
+        layer.forward = fail
+        with pytest.raises(MemoryError), block:
+            tried(**prompts.batch)
+        del layer.forward
+    assert traces(model) == traces(stock)  # transformers' own hooks, which its first call adds, included
+    assert torch.equal(model(**prompts.batch).logits, stock(**prompts.batch).logits)
+
+
+@every
 def test_the_measured_schedule_is_the_promise(llava: Any, prompts: Any, case: str) -> None:
     """Published budgets were compared by promise only; SparseVLM's 64 is 82."""
     with applied(llava, case) as run:
@@ -185,6 +292,11 @@ def test_a_broken_promise_is_an_error(llava: Any, prompts: Any, monkeypatch: pyt
 
     monkeypatch.setattr(FastV, "schedule", lambda *_: [16, 16, 4, 4, 4, 4])
     with applied(llava, "fastv"), pytest.raises(ValueError, match=r"promised the schedule \[16, 16, 4"):
+        llava(**prompts.batch)
+    from htc_vlm.compressors.divprune import DivPrune
+
+    monkeypatch.setattr(DivPrune, "before_llm", lambda _, images: images.patches[:, :7])
+    with applied(llava, "divprune"), pytest.raises(ValueError, match="divprune promised 6 visual tokens and gave 7"):
         llava(**prompts.batch)
 
 
@@ -250,11 +362,16 @@ def test_samples_without_an_image_are_left_alone(llava: Any, prompts: Any, case:
 @pytest.mark.parametrize("case", BEFORE)
 def test_prompts_come_back_as_they_were_given(llavas: Any, prompts: Any, case: str) -> None:
     """The stock processor makes 576 placeholders; who decodes the answer slices off that many."""
+    without_ids = {name: value for name, value in prompts.batch.items() if name != "input_ids"}
     with applied(llavas["sdpa"], case):
         ids = llavas["sdpa"].generate(**prompts.batch, max_new_tokens=2, do_sample=False)
         by_length = llavas["sdpa"].generate(**prompts.batch, max_length=ids.shape[1], do_sample=False)
+        config = GenerationConfig(**{**llavas["sdpa"].generation_config.to_dict(), "max_length": ids.shape[1]})
+        by_config = llavas["sdpa"].generate(**prompts.batch, generation_config=config, do_sample=False)
+        by_place = llavas["sdpa"].generate(prompts.batch["input_ids"], config, **without_ids, do_sample=False)
     assert torch.equal(ids[:, :-2], prompts.batch["input_ids"])
-    assert torch.equal(ids, by_length)
+    assert torch.equal(ids, by_length) and torch.equal(ids, by_config) and torch.equal(ids, by_place)
+    assert config.max_length == ids.shape[1]  # the caller's own stays as it was
 
 
 @pytest.mark.parametrize("case", BEFORE)
@@ -418,6 +535,54 @@ def test_caches_that_cannot_hold_layers_of_different_length_are_refused(llava: A
             llava(**inputs, past_key_values=pruned)
     with applied(llava, "fastv"), pytest.raises(ValueError, match="continue inside the `with` block"):
         llava(torch.tensor([[5]]), past_key_values=pruned)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 2},
+        {"prefill_chunk_size": 8},
+        {"cache_implementation": "static"},
+    ],
+)
+def test_guessing_ahead_and_reading_in_parts_are_refused(llava: Any, new_llava: Any, prompts: Any, options: Any) -> None:
+    """A guessed token would choose the patches, and a rejected one would stay in what is known of the cache."""
+    message = f"does not go with {next(iter(options))}"
+    with applied(llava, "fastv"):
+        with pytest.raises(ValueError, match=message):
+            llava.generate(**prompts.one(0), max_new_tokens=1, **options)
+        with pytest.raises(ValueError, match=message):
+            llava.generate(**prompts.one(0), generation_config=GenerationConfig(max_new_tokens=1, **options))
+    model = new_llava()
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    with applied(model, "fastv"), pytest.raises(ValueError, match=message):
+        model.generate(**prompts.one(0), max_new_tokens=1)
+
+
+def test_calls_that_the_methods_cannot_take_are_refused_by_name(llava: Any, prompts: Any) -> None:
+    """A mask, numbering or embedding that is silently not used."""
+    inputs = prompts.one(0)
+    n = inputs["input_ids"].shape[1]
+    embeds, ids = llava.get_input_embeddings()(inputs["input_ids"]), torch.tensor([[1, 50, 50, 50, 7]])
+    two = torch.cat((prompts.pixels[0], prompts.pixels[2]))
+    calls: list[tuple[str, dict[str, Any], str]] = [
+        ("fastv", {"attention_mask": torch.ones(1, 1, n, n)}, "fastv masks by itself; give a 2-D attention_mask, got 4-D"),
+        ("fastv", {"input_ids": None, "inputs_embeds": embeds}, "give input_ids, not embeddings"),
+        ("fastv", {"input_ids": ids, "pixel_values": two}, "3 image placeholders for 2 images"),
+        ("divprune", {"input_ids": ids, "pixel_values": two}, "3 image placeholders for 2 images"),
+        ("divprune", {"position_ids": torch.arange(n)[None]}, "cuts the prompt; leave out position_ids"),
+        ("divprune", {"image_sizes": torch.tensor([[56, 56]])}, "images of different sizes"),
+    ]
+    for case, changes, message in calls:
+        with applied(llava, case), pytest.raises(ValueError, match=message):
+            llava(**{**inputs, **changes})
+    with applied(llava, "divprune"), pytest.raises(ValueError, match="leave position_ids to generate"):
+        llava.generate(**inputs, position_ids=torch.arange(n)[None], max_new_tokens=1)
+    own = HtcVlmForConditionalGeneration(own_config({"name": "none"})).eval()
+    with applied(own, "visionzip"), pytest.raises(ValueError, match="visionzip acts in the vision tower; give pixel_values"):
+        own(inputs["input_ids"], patch_features=torch.zeros(1, 16, 16))
 
 
 def test_a_tower_without_a_class_token_has_no_patch_too_many() -> None:

@@ -36,13 +36,32 @@ def place(row: float, column: float) -> list[float]:
     return [f(x * w) for x in (column, row) for f in (math.sin, math.cos) for w in (1.0, 0.01)]
 
 
+def test_places_are_stretched_over_the_grid_with_columns_first() -> None:
+    """2 x 2 places over 4 x 4 patches by the bicubic kernel of -0.75 at 1/4 and 3/4 between two samples, edges repeated."""
+    from htc_vlm.compressors.llava_mini import grid_positions, resized
+
+    def kernel(x: float) -> float:
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    share = torch.zeros(4, 2)  # of the two samples in each of four places, at -0.25, 0.25, 0.75 and 1.25
+    for i in range(4):
+        at = (i + 0.5) / 2 - 0.5
+        for sample in range(-2, 4):
+            share[i, min(max(sample, 0), 1)] += kernel(at - sample)
+    small = grid_positions(2, WIDTH).view(2, 2, WIDTH)
+    expected = torch.einsum("yr,xc,rcd->yxd", share, share, small)
+    assert_close(resized(small.view(4, WIDTH), 16), expected.view(16, WIDTH))
+    assert not torch.equal(small[0, 1], small[1, 0])  # rows and columns can be told apart
+
+
 def norm(x: Tensor, layer: Any) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
 
 
 def test_tokens_are_what_two_heads_of_attention_give() -> None:
-    """specs/baselines.md section 8: q = LN(Q) + PE, k = LN(x) + PE, v = LN(x) without, no residual, no MLP."""
+    """docs/specs/baselines.md section 8: q = LN(Q) + PE, k = LN(x) + PE, v = LN(x) without, no residual, no MLP."""
     method: Any = mini(n_tokens=16)  # as many queries as patches: no place is interpolated
     weights, biases = method.attention.in_proj_weight.chunk(3), method.attention.in_proj_bias.chunk(3)
     nn.init.normal_(method.attention.in_proj_bias)

@@ -44,7 +44,7 @@ def test_pyramid_drop_scores_with_the_next_layer_and_renumbers(llava: Any, promp
     ],
 )
 def test_pyramid_drops_budgets(stages: tuple[int, ...], ratio: Any, kept: tuple[int, ...], mean: float) -> None:
-    """int(), not round(): specs/baselines.md section 6."""
+    """int(), not round(): docs/specs/baselines.md section 6."""
     schedule = compressors.build("pyramid_drop", stages=stages, ratio=ratio).schedule(576, 32)
     assert tuple(schedule[stage] for stage in stages) == kept
     assert equivalent_tokens(schedule) == pytest.approx(mean, abs=0.06)

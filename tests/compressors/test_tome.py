@@ -63,7 +63,7 @@ def test_merging_in_the_tower_is_tome_block_by_block(llavas: Any, prompts: Any, 
     ("budget", "few", "more"), [(192, (16, 7), (17, 16)), (128, (19, 12), (20, 11)), (64, (22, 17), (23, 6))]
 )
 def test_tomes_budgets_are_exact_in_llavas_23_blocks(budget: int, few: tuple[int, int], more: tuple[int, int]) -> None:
-    """Constant r gives 185 or 208, 116 or 139, 47 or 70: specs/baselines.md section 4."""
+    """Constant r gives 185 or 208, 116 or 139, 47 or 70: docs/specs/baselines.md section 4."""
     method = compressors.build("tome", n_keep=budget)
     merges = method.tower_merges(576, 23)
     assert sorted(merges) == [few[0]] * few[1] + [more[0]] * more[1]

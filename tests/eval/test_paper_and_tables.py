@@ -33,7 +33,7 @@ def test_a_row_mean_shows_what_one_column_does_to_it() -> None:
 
 
 def test_htc_and_voco_rows_of_table_1_are_right_as_printed() -> None:
-    """specs/baselines.md 0.1: 87.21 and 81.01; capped 84.25 and without ScienceQA 81.6 for HTC."""
+    """docs/specs/baselines.md 0.1: 87.21 and 81.01; capped 84.25 and without ScienceQA 81.6 for HTC."""
     assert ROWS["HTC"].wrong_columns == [] and ROWS["VoCo"].wrong_columns == []
     assert ROWS["HTC"].mean.printed == pytest.approx(87.21, abs=0.01)
     assert ROWS["HTC"].mean.capped == pytest.approx(84.25, abs=0.01)
@@ -42,13 +42,13 @@ def test_htc_and_voco_rows_of_table_1_are_right_as_printed() -> None:
 
 @pytest.mark.parametrize("name", ["Q-Former", "AvgPool"])
 def test_misplaced_columns_are_found(name: str) -> None:
-    """specs/baselines.md 0.1: six of seven cells stand under the wrong score; the means are right."""
+    """docs/specs/baselines.md 0.1: six of seven cells stand under the wrong score; the means are right."""
     assert ROWS[name].wrong_columns == ["VQAv2", "MMBench", "MME-P", "POPE", "SEED", "SQA-IMG"]
     assert "column order" in ROWS[name].remarks[0] and not ROWS[name].mean_is_wrong
 
 
 def test_the_copied_tome_row_and_its_mean_are_found() -> None:
-    """specs/baselines.md 0.2: 88.9 is printed, the cells give 81.84; PDrop@128's 95.4 belongs to 61.6."""
+    """docs/specs/baselines.md 0.2: 88.9 is printed, the cells give 81.84; PDrop@128's 95.4 belongs to 61.6."""
     row = ROWS["ToMe@192"]
     assert row.mean.printed == pytest.approx(81.84, abs=0.01) and row.mean_is_wrong
     assert any("copy" in remark for remark in row.remarks)
@@ -61,12 +61,12 @@ def test_the_copied_tome_row_and_its_mean_are_found() -> None:
                        ("ToMe@64", 71.12), ("SparseVLM@64", 89.32), ("VoCo@64", 89.59), ("HTC@64", 89.78)]
 )  # fmt: skip
 def test_table_2_means_are_those_recomputed_by_hand(name: str, mean: float) -> None:
-    """specs/baselines.md 0.2 lists them."""
+    """docs/specs/baselines.md 0.2 lists them."""
     assert ROWS[name].mean.printed == pytest.approx(mean, abs=0.01)
 
 
 def test_published_voco_on_the_same_scale() -> None:
-    """specs/baselines.md 0.1: VoCo-LLaMA's own paper gives 83.7, not HTC-VLM's rerun of 81.0; LLaVA-Mini 109.8."""
+    """docs/specs/baselines.md 0.1: VoCo-LLaMA's own paper gives 83.7, not HTC-VLM's rerun of 81.0; LLaVA-Mini 109.8."""
     printed = [round(mean.printed, 1) for mean in elsewhere_rows().values()]
     assert printed == [83.7, 109.8]
 

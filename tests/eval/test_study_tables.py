@@ -189,6 +189,20 @@ def test_the_reading_follows_the_numbers(study: Path) -> None:
     assert "A against b: no difference that can be told, +0.0 points" in " ".join(sentences(load(study)))
 
 
+def test_a_row_that_answers_as_if_blind_is_named(study: Path) -> None:
+    """Differences over one task hid that some rows do nothing on another. Blind, count is 20: b has 21, a 70."""
+    tables = yaml.safe_load((study / "experiments/tables.yaml").read_text())
+    tables["table1"]["columns"]["more"] = ["scenes/count"]
+    (study / "experiments/tables.yaml").write_text(yaml.safe_dump(tables))
+    assert not any("no better than without" in sentence for sentence in sentences(load(study)))
+    file = study / "results/table1/b/0.json"
+    content = json.loads(file.read_text())
+    content["metrics"]["scenes/count"] = 21.0
+    file.write_text(json.dumps(content))
+    told = [sentence for sentence in sentences(load(study)) if "no better than without" in sentence]
+    assert told == ["scenes/count: no better than without the picture (20.0 %): B; better: A 70.0 %."]
+
+
 def test_rows_that_were_asked_other_questions_are_named(study: Path) -> None:
     """Another limit, or another version of the data: the numbers do not belong in one table."""
     other = records.QuestionSet("scenes", "e" * 64, ("name", "count"), np.arange(8) % 2, np.arange(8) // 4, {})

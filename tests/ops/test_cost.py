@@ -98,7 +98,7 @@ def test_causal_pairs_are_half_and_the_diagonal() -> None:
 
 
 def test_cache_bytes_of_the_7b_model() -> None:
-    """32 layers x keys and values x 32 heads x 128 x 2 bytes = 524,288 per token (specs/ecosystem.md section 4)."""
+    """32 layers x keys and values x 32 heads x 128 x 2 bytes = 524,288 per token (docs/specs/ecosystem.md section 4)."""
     assert cache_bytes(LLAMA_7B, [1] * 32) == 524_288
     assert cache_bytes(LLAMA_7B, [576] * 2 + [98] * 30, n_text=10) == (576 * 2 + 98 * 30 + 320) * 524_288 // 32
     grouped = DecoderShape.from_config(SMALL)

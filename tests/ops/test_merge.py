@@ -94,7 +94,7 @@ def test_raster_order_sorts_the_groups_and_keeps_them() -> None:
     [(192, [16] * 7 + [17] * 16), (128, [19] * 12 + [20] * 11), (64, [22] * 17 + [23] * 6)],
 )
 def test_merge_lists_give_the_published_budgets_exactly(n_keep: int, merges: list[int]) -> None:
-    """A constant r gives 208, 185, 139, 116, 70 or 47 tokens, none of the budgets (specs/baselines.md, section 4)."""
+    """A constant r gives 208, 185, 139, 116, 70 or 47 tokens, none of the budgets (docs/specs/baselines.md, section 4)."""
     assert merge_list(576, n_keep, 23) == merges
     assert patches_after(576, merges) == n_keep
 
@@ -121,14 +121,14 @@ def test_merge_lists_that_cannot_be_met_are_refused() -> None:
 
 
 def test_merging_after_the_tower_halves() -> None:
-    """576 -> 288 -> 192 (specs/baselines.md, section 4)."""
+    """576 -> 288 -> 192 (docs/specs/baselines.md, section 4)."""
     assert halving_list(576, 192) == [288, 96]
     assert halving_list(576, 64) == [288, 144, 72, 8]
     assert halving_list(576, 576) == []
 
 
 def test_contextual_tokens_are_the_target_plus_the_mean_of_those_who_joined() -> None:
-    """The paper says average; the released checkpoints and numbers are of the sum (specs/baselines.md, section 9)."""
+    """The paper says average; the released checkpoints and numbers are of the sum (docs/specs/baselines.md, section 9)."""
     x = torch.tensor([[[1.0], [10.0], [20.0], [4.0], [7.0]]])
     metric = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [3.0, 0.2], [0.0, 1.0], [0.1, 2.0]]])
     merged = contextual_merge(x, metric, 2)  # targets 0 and 2 of 5; step 2

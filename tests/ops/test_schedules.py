@@ -1,4 +1,4 @@
-"""The published budgets of each method, from specs/baselines.md sections 5 to 7, and what is refused."""
+"""The published budgets of each method, from docs/specs/baselines.md sections 5 to 7, and what is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pyramid_drop_refuses_what_it_cannot_do() -> None:
         pyramid_drop(576, 32, (8, 16, 24), 1.5)
     with pytest.raises(ValueError, match="cannot keep 0 of 4 visual tokens at layer 16"):
         pyramid_drop(100, 32, (2, 8, 16), 0.2)
-    with pytest.raises(ValueError, match="use earlier stages"):
+    with pytest.raises(ValueError, match=r"the least is 163\.5.* never one of 18\.0 or less"):
         pyramid_drop_ratio(576, 32, (8, 16, 24), 64)
 
 
@@ -107,7 +107,7 @@ def test_pyramid_drop_refuses_what_it_cannot_do() -> None:
     ],
 )
 def test_sparse_vlm_costs_more_than_it_logs(budget: int, tokens: list[int], logged: float, entering: float) -> None:
-    """SparseVLM's "64" is 82 tokens in FastV's and PyramidDrop's way to count (specs/baselines.md section 7)."""
+    """SparseVLM's "64" is 82 tokens in FastV's and PyramidDrop's way to count (docs/specs/baselines.md section 7)."""
     schedule = sparse_vlm(576, 32, sparse_vlm_budget(budget, 576, 32))
     assert schedule == [576] * 3 + [tokens[0]] * 4 + [tokens[1]] * 9 + [tokens[2]] * 16
     assert mean(schedule) == pytest.approx(entering, abs=0.051)
@@ -149,7 +149,7 @@ def test_scaled_tables_keep_the_shares() -> None:
     """300, 200, 110 of 576 are 52, 35, 19 of 100; after 3, 7 and 16 of 32 layers is after 1, 2 and 4 of 8."""
     assert sparse_vlm_scaled(192, 100, 8) == SparseVlmSettings((0, 1, 3), (52, 35, 19))
     assert sparse_vlm_scaled(192, 576, 32) == sparse_vlm_budget(192, 576, 32)
-    with pytest.raises(ValueError, match="4 layers are too few"):
+    with pytest.raises(ValueError, match=r"4 layers are too few .* above 25\.0"):
         sparse_vlm_scaled(192, 100, 4)
 
 

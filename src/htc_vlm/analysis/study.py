@@ -1,6 +1,6 @@
 """One row of a study, from its YAML file to its result file: train what is missing, evaluate, write.
 
-Source:  design.md section 6 (one experiment = one YAML = one JSON per seed).
+Source:  docs/design.md (one experiment = one YAML = one JSON per seed).
 Differs: nothing known.
 
 All rows share the frozen tower's features (`cache`), the order of the data (by the seed) and the weights they start

@@ -58,6 +58,8 @@ def settings_for(name: str, budget: int, n_patches: int, n_layers: int) -> dict[
     if name in ("avg_pool", "llava_mini"):
         return {"n_tokens": round(math.sqrt(budget)) ** 2}  # the nearest square
     if name == "visionzip":
+        if budget < 2:
+            raise ValueError("visionzip: 2 tokens are the fewest, the class token and the patch that it looks at most")
         n_dominant = max(2, round(budget * 27 / 32))  # the released 162 + 30, 108 + 20, 54 + 10
         return {"n_dominant": n_dominant, "n_contextual": max(0, budget - n_dominant)}
     if name == "fastv":

@@ -31,6 +31,7 @@ class AvgPool(Compressor):
     EXAMPLES = ({"n_tokens": 4}, {"n_tokens": 1, "place": "after_projector"}, {"n_tokens": 1})
     PAPER = "VoCo-LLaMA, arXiv:2406.12275 (baseline)"
     ACTS = "before the LLM"
+    TRAINED = False
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

@@ -10,7 +10,7 @@ A method overrides only what it changes; every default does nothing. The places,
     queries      embeddings -> (B, L)     whose attention decides there
     after_layer  Seen -> Keep | Merge     which visual tokens go on to the next layer
 
-Source:  design.md section 3; each method's file names its paper.
+Source:  docs/design.md (the sockets); each method's file names its paper.
 Differs: a trained model's own forward serves `before_llm`, `fusion_layers` and `visible`. The other places need
          `compressors.apply(model, name, ...)`, which serves `before_llm` too and works on any LLaVA checkpoint.
 """
@@ -126,7 +126,7 @@ class Compressor(nn.Module):
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings the contract tests run, mildest first
     PAPER: ClassVar[str] = ""  # for the README's table of methods
     ACTS: ClassVar[str] = ""  # where: "before the LLM", "bottleneck", "inside the LLM"
-    TRAINED: ClassVar[bool] = True
+    TRAINED: ClassVar[bool] = True  # does it need training? Most that do not can be trained, too
     QUESTION_INDEPENDENT: ClassVar[bool] = True  # may its result be cached and shared by all questions?
 
     def __init__(self, settings: Any) -> None:

@@ -1,7 +1,7 @@
 """FastV: after a few layers, keep the visual tokens that the prompt's last token attends to most.
 
 Source:  Chen et al., ECCV 2024, arXiv:2403.06764; released code at d165972 (its KV-cache fork);
-         specs/baselines.md section 5.
+         docs/specs/baselines.md section 5.
 Differs: the number of tokens is the setting, not a share of the patches. The last token's attention decides, as in the
          code (the paper says the mean over all tokens). The choice is made once, at prefill (the fork without a cache
          chooses again for every new token). With several images each keeps `n_keep`. Only the row that decides is

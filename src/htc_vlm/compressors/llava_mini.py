@@ -1,6 +1,6 @@
 """LLaVA-Mini: the prompt's words read all patches in a few layers of their own; then the image is one token, or a few.
 
-Source:  Zhang et al., ICLR 2025, arXiv:2501.03895; released code at 47da113; specs/baselines.md section 8.
+Source:  Zhang et al., ICLR 2025, arXiv:2501.03895; released code at 47da113; docs/specs/baselines.md section 8.
 Differs: where paper and code disagree, the code: queries read the tower's features and the projector comes after them
          (`place: after_projector` is the paper's drawing), and the compressed tokens, too, leave the pre-fusion layers
          changed. The patches stand just before the tokens of their image, not before the whole prompt: the same for

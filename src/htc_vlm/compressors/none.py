@@ -14,3 +14,4 @@ class NoCompression(Compressor):
     name = "none"
     PAPER = "LLaVA-1.5, arXiv:2310.03744"
     ACTS = "nowhere"
+    TRAINED = False

@@ -1,6 +1,6 @@
 """PyramidDrop: in stages, keep a shrinking share of the visual tokens, by the next layer's own queries and keys.
 
-Source:  Xing et al., CVPR 2025, arXiv:2410.17247; released code at 6444f30; specs/baselines.md section 6.
+Source:  Xing et al., CVPR 2025, arXiv:2410.17247; released code at 6444f30; docs/specs/baselines.md section 6.
 Differs: as in the code, the layer *after* the cut scores (the paper says the last one of the stage), and positions are
          renumbered after every stage. Left padding and any attention backend work (there: right padding with flash
          attention). The trained variant is left out. With several images each keeps its share.

@@ -1,11 +1,12 @@
 """SparseVLM: words close to the image rate its tokens at three layers; what is dropped is recycled as cluster means.
 
 Source:  Zhang et al., ICML 2025, arXiv:2410.04417; released code at 26a5f48, "v1.5" and SparseVLM+ (`plus`);
-         specs/baselines.md section 7.
+         docs/specs/baselines.md section 7.
 Differs: the numbers of tokens come from the released tables, not from the paper's ranks of the attention. Raters are
          chosen among the tokens after the last image of each sample (the code: after its only image), by all images;
-         if none is above the mean, all rate. The noise on the density has its own seed, or is off. Rows are recomputed
-         in float32, so batches, padding and any attention backend work (there: batch 1, a full softmax per layer).
+         if none is above the mean, all rate. Each image keeps its own table. A layer told to keep all that it has does
+         nothing (there: one token leaves). The noise on the density has its own seed, or is off. Rows are recomputed, with
+         a softmax in float32, so batches, padding and any backend work (there: batch 1, a full softmax per layer).
          `schedule` counts tokens entering a layer: the authors' "64" is 82 (ops.schedules.leaving counts as they do).
 """
 
@@ -153,7 +154,8 @@ def corrected_scores(seen: Seen, n_heads: int) -> Tensor:
     """SparseVLM+: (I, n_now) scores without the rotary embedding's preference for what is near, of the best heads.
 
     Attention is divided by what rotation leaves of the product of two vectors of ones at that distance; then the
-    `n_heads` heads that give the image most are averaged.
+    `n_heads` heads that give the image most are averaged. Far away that product comes near 0 and below it, here as in
+    the released code.
     """
     if n_heads > seen.attention.shape[1]:
         raise ValueError(f"sparse_vlm: n_heads is {n_heads}; the model has {seen.attention.shape[1]}")

@@ -1,6 +1,6 @@
 """ToMe: merge the patches that are most alike, a few in every block of the vision tower, or after it.
 
-Source:  Bolya et al., ICLR 2023, arXiv:2210.09461; official code at af95e4b; specs/baselines.md section 4.
+Source:  Bolya et al., ICLR 2023, arXiv:2210.09461; official code at af95e4b; docs/specs/baselines.md section 4.
 Differs: settings for LLaVA are ours (how SparseVLM ran its "ToMe 192/128/64" is unpublished): equal merges in every
          block before LLaVA's features, exact to the token. The keys that are compared are computed a second time, so
          the tower's attention stays as it is. `place: after_tower` merges the features instead, by halves;

@@ -1,6 +1,6 @@
 """VisionZip: the patches that the class token attends to most, and averages of the others by what they resemble.
 
-Source:  Yang et al., CVPR 2025, arXiv:2412.04467; released code at 3151f6d; specs/baselines.md section 9.
+Source:  Yang et al., CVPR 2025, arXiv:2412.04467; released code at 3151f6d; docs/specs/baselines.md section 9.
 Differs: nothing in the result (`n_dominant` counts the class token, which is the first; contextual tokens are target
          plus mean, as in the code). The class token's row is recomputed from the block's queries and keys, so the
          vision tower keeps its attention backend (there: eager only, patched globally). Ties go to the lowest index.

@@ -3,7 +3,8 @@
 Source:  Ye et al. 2025, arXiv:2406.12275; released code at 3b6e14d (its mask and its positions).
 Differs: images attend only to themselves (the released code lets BOS reach the patches and hides it from the text);
          the patches really leave the cache after compression (the released code keeps and re-masks them);
-         K is a setting (there: the constant 2 in two files); all K tokens share one embedding, as there.
+         K is a setting (there: the constant 2 in two files); all K tokens share one embedding, as there. The prompt keeps
+         its order (there: the system prompt moves behind the bottleneck, and line breaks are stripped).
 """
 
 from __future__ import annotations

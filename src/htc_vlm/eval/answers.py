@@ -1,6 +1,6 @@
 """answers.jsonl: one line per answer, appended and flushed as it comes, so that a killed run goes on where it was.
 
-Source:  nothing; answers to POPE#17 and LLaVA's line-order joins (specs/style.md sections 3 and 6.7).
+Source:  nothing; answers to POPE#17 and LLaVA's line-order joins.
 Differs: only a torn *last* line, what a kill leaves, is repaired (dropped, and its question asked again). Anything
          else that is wrong with the file is an error that names the line or the ids; nothing is ever skipped.
 """

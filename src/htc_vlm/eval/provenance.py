@@ -1,12 +1,13 @@
 """Where a result comes from: commit, dirty flag, command, package versions.
 
-Source:  the result files of huggingface/peft method_comparison (specs/style.md section 2.5).
+Source:  the result files of huggingface/peft method_comparison.
 Differs: nothing known.
 """
 
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,6 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }

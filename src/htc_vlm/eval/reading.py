@@ -30,6 +30,7 @@ from htc_vlm.eval.study_tables import (
     separating,
 )
 
+NEAR_BLIND = 2.0  # points above answering blind that are still no better than blind
 CEILING_MEANS_SOMETHING = 95.0  # a ceiling above this binds nothing
 
 
@@ -38,7 +39,7 @@ def sentences(study: StudyTable) -> list[str]:
     n_run = sum(not row.status for row in study.rows)
     if not n_run:
         return ["No row of this table has been run yet."]
-    return [*state(study), *retained(study), *comparisons(study), *bindings(study)]
+    return [*state(study), *retained(study), *no_better_than_blind(study), *comparisons(study), *bindings(study)]
 
 
 def state(study: StudyTable) -> list[str]:
@@ -102,6 +103,22 @@ def _gain_beside_the_papers(study: StudyTable, columns: Sequence[str]) -> list[s
     paper = {row.name: row.mean.printed for row in table1_rows()}
     ours, theirs = htc[0].printed - voco[0].printed, paper["HTC"] - paper["VoCo"]
     return [f"HTC-VLM minus VoCo-LLaMA, in points of retention: {ours:+.1f} here, {theirs:+.1f} in the paper."]
+
+
+def no_better_than_blind(study: StudyTable) -> list[str]:
+    """In which columns of other tasks some trained rows answer as if without the picture, and which do better."""
+    out = []
+    for metric in (one for one in headlines(study) if not one.endswith("/score")):
+        blind = study.baseline(BLIND[0], metric)
+        if blind is None:
+            continue
+        scores = {row.title: cell.mean for row in trained_rows(study) if (cell := row.cell(metric)) is not None}
+        at = [title for title, score in scores.items() if score <= blind + NEAR_BLIND]
+        better = [f"{title} {score:.1f} %" for title, score in scores.items() if score > blind + NEAR_BLIND]
+        if at:
+            told = f"; better: {', '.join(better)}" if better else ""
+            out.append(f"{metric}: no better than without the picture ({blind:.1f} %): {', '.join(at)}{told}.")
+    return out
 
 
 def comparisons(study: StudyTable) -> list[str]:

@@ -1,6 +1,6 @@
 """What a study keeps of an evaluation: numbers, and which questions were answered right, small enough to commit.
 
-Source:  design.md section 6; one bit a question, so that any two rows can be compared question by question.
+Source:  docs/design.md; one bit a question, so that any two rows can be compared question by question.
 Differs: questions, kinds, pictures and blind baselines are the same for all rows: they are kept once, in
          results/questions/, under the hash of the questions.
 """

@@ -1,6 +1,6 @@
 """The runner: task x answerer -> answers.jsonl -> result.json. Restartable; nothing asked twice, nothing lost.
 
-Source:  nothing; the demands are in specs/style.md section 6.7.
+Source:  nothing; the demands are ours.
 Differs: questions of one picture are asked together, so that a picture is loaded and compressed once.
 
 Layout of an output folder: <output>/<task>-<split>/{settings.json, answers.jsonl, result.json[, export.json]}.

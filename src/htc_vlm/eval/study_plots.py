@@ -14,7 +14,7 @@ from htc_vlm.eval.study_tables import BLIND, StudyRow, StudyTable, label, mean_s
 
 INK, ACCENT, GREY = "#1f5fa8", "#c1440e", "#8a929c"
 COLOURS = ("#1f5fa8", "#c1440e", "#2e8b57", "#8e5ea2", "#b8860b", "#008b8b", "#cd5c5c", "#556b2f", "#4b0082", "#708090",
-           "#d2691e", "#20b2aa", "#800000")  # fmt: skip
+           "#d2691e", "#20b2aa", "#800000", "#7f7f00")  # fmt: skip
 
 
 def draw(study: StudyTable, file: Path) -> None:
@@ -97,29 +97,33 @@ def _heat(axes: Any, study: StudyTable, rows: list[StudyRow], columns: list[str]
 
 
 def _lines(study: StudyTable, plt: Any) -> Any:
-    """Left: mean score against the tokens that a question meets. Right: against the time to the first token."""
+    """Mean score against the tokens that enter the layers for a new picture, those that a question meets, and the time to the
+    first token."""
     columns = study.columns()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True, width_ratios=[3, 2])
+    figure, panels = plt.subplots(1, 3, figsize=(13, 5), layout="constrained", sharey=True, width_ratios=[3, 3, 2])
     by_name = {row.name: row for row in study.rows}
     for colour, (name, members) in zip(COLOURS * 2, study.table.lines.items(), strict=False):
         points = []
         for row in (by_name[member] for member in members if member in by_name):
-            cell, tokens, ms = mean_score(row, columns), row.mean_of("cached_tokens"), row.first_token_ms
-            if cell is not None and tokens is not None:
-                points.append((tokens, cell.mean, ms))
+            cell, entering, met = mean_score(row, columns), row.mean_of("equivalent_tokens"), row.mean_of("cached_tokens")
+            if cell is not None and entering is not None and met is not None:
+                points.append((cell.mean, entering, met, row.first_token_ms))
         style = "--" if "(trained)" in name else "-"
         what = name if points else f"{name}: {_why(by_name, members)}"
-        left.plot([p[0] for p in points], [p[1] for p in points], f"o{style}", color=colour, markersize=4, label=what)
-        timed = [p for p in points if p[2] is not None]
-        right.plot([p[2] for p in timed], [p[1] for p in timed], "o", color=colour, markersize=4)
+        for number, panel in enumerate(panels, start=1):
+            drawn = [(point[number], point[0]) for point in points if point[number] is not None]
+            form, label = "o" if number == 3 else f"o{style}", what if number == 1 else None
+            panel.plot([x for x, _ in drawn], [y for _, y in drawn], form, color=colour, markersize=4, label=label)
+    left = panels[0]
     for bound, name in ((study.upper, "uncompressed"), (study.lower, "lower bound")):
         cell = None if bound is None else mean_score(bound, columns)
         if cell is not None:
             left.axhline(cell.mean, color=GREY, linewidth=1)
             left.text(1, cell.mean, name, fontsize=7, color=GREY, va="bottom", transform=left.get_yaxis_transform(), ha="right")
-    left.set(xlabel="visual tokens a question meets, mean over layers", ylabel="mean over the columns, %")
-    right.set(xlabel="first token of 32 questions, ms")
-    for axes in (left, right):
+    left.set(xlabel="visual tokens that enter, mean over layers (a new picture)", ylabel="mean over the columns, %")
+    panels[1].set(xlabel="visual tokens a question meets, mean over layers")
+    panels[2].set(xlabel="first token of 32 questions, ms")
+    for axes in panels:
         axes.grid(alpha=0.25)
     figure.legend(fontsize=7, loc="outside lower center", ncols=4, frameon=False)
     return figure

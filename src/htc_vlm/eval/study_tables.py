@@ -1,6 +1,6 @@
 """The tables of a study from its result files: scores beside blind baselines and ceiling, retention, cost, differences.
 
-Source:  design.md section 6; retention as the paper's Tables 1 and 2 print it (eval/retention.py).
+Source:  docs/design.md; retention as the paper's Tables 1 and 2 print it (eval/retention.py).
 Differs: a row that was not run says so, one that a method refuses says why; nothing is left out. Retention leaves out
          columns that the bounds do not separate by 5 points: a share of nothing is noise.
 """

@@ -1,6 +1,6 @@
 """results/<table>/<row>/<seed>.json -> Markdown and CSV. Tables are rebuilt from files, never typed.
 
-Source:  the result files of huggingface/peft method_comparison (specs/style.md section 2.5).
+Source:  the result files of huggingface/peft method_comparison.
 Differs: every cell shows its spread over seeds and how many seeds there are.
 """
 

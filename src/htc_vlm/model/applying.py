@@ -1,6 +1,6 @@
 """Apply a method for a while: `with compressors.apply(model, "fastv", n_keep=98, layer=2): model.generate(...)`.
 
-Source:  specs/baselines.md section 12 (tested recipe for transformers 5.23); each method's file names its paper.
+Source:  docs/specs/baselines.md section 12 (tested recipe for transformers 5.23); each method's file names its paper.
 Differs: modules change their class inside the block and get it back, whatever happens; no hooks, weights or globals.
          Any LlavaForConditionalGeneration works, ours included. Prompts stay as the stock processor makes them:
          placeholders that a method does not need are cut out on the way in, and generate returns the prompt as it was
@@ -9,6 +9,7 @@ Differs: modules change their class inside the block and get it back, whatever h
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from htc_vlm import compressors
@@ -29,6 +30,11 @@ from htc_vlm.model.tower_sockets import TowerRun
 from htc_vlm.ops.select import pack_left_padded
 
 STATE = "_applied"
+# Options of generate that guess tokens ahead, read the prompt in parts, or need layers of one length.
+NOT_WHILE_DROPPING = (
+    "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size",
+    "cache_implementation",
+)  # fmt: skip
 Swap = tuple[nn.Module, type, dict[str, Any]]  # module, class inside the block, what its __dict__ holds meanwhile
 
 
@@ -74,6 +80,18 @@ class Applied:
             return self.drop_run.sources
         found = None if self._images is None else self.method.source(self._images)
         return {} if found is None else {0: found}
+
+    @contextmanager
+    def prompt_of(self, prompt: Tensor | None) -> Iterator[None]:
+        """In this block the columns of `prompt` (B, L) choose, whatever stands behind them: generate without a cache
+        sends its answer along."""
+        if self.drop_run is not None and prompt is not None:
+            self.drop_run.prompt_length = prompt.shape[1]
+        try:
+            yield
+        finally:
+            if self.drop_run is not None:
+                self.drop_run.prompt_length = None
 
     def give(self, images: compressors.ImageFeatures) -> BaseModelOutputWithPooling:
         """(I, C, D) for the language model, if they are as many as promised."""
@@ -196,32 +214,34 @@ class Socketed(LlavaModel):
         if applied.drop_run is None or not images:
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None:
-            raise ValueError(
-                f"{applied.method.name} finds images by their placeholders; give input_ids, not embeddings"
-            )
-        return super().forward(
-            input_ids=input_ids, image=image_of(input_ids, self.config.image_token_id, images), **kwargs
-        )
+            raise ValueError(f"{applied.method.name} finds images by their placeholders; give input_ids, not embeddings")
+        return super().forward(input_ids=input_ids, image=image_of(input_ids, self.config.image_token_id, images), **kwargs)
 
 
 class Recutting(LlavaForConditionalGeneration):
     """Mixed in front of the class of the whole model: placeholders that the method does not need leave the prompt."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         applied: Applied = self.__dict__[STATE]
-        check_generation(applied, kwargs)
+        check_generation(applied, self.generation_config if generation_config is None else generation_config, kwargs)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         cut = recut(applied, prompt, kwargs, self.config.image_token_id)
         if cut is None:
-            return super().generate(prompt, *args, **kwargs)
+            with applied.prompt_of(prompt):
+                return super().generate(prompt, generation_config, *args, **kwargs)
         if kwargs.get("position_ids") is not None:
             raise ValueError(f"{applied.method.name} cuts the prompt; leave position_ids to generate")
         n_cut = prompt.shape[1] - cut.input_ids.shape[1]
+        generation_config = copy.deepcopy(generation_config)
         for name in ("max_length", "min_length"):
             if kwargs.get(name) is not None:
                 kwargs[name] -= n_cut
+            if getattr(generation_config, name, None):
+                setattr(generation_config, name, getattr(generation_config, name) - n_cut)
         kwargs["attention_mask"] = cut.attention_mask
-        out = super().generate(cut.input_ids, *args, **kwargs)
+        out = super().generate(cut.input_ids, generation_config, *args, **kwargs)
         return with_prompt(out, prompt, cut.input_ids.shape[1])
 
 
@@ -313,9 +333,7 @@ def recut(applied: Applied, input_ids: Tensor | None, inputs: dict[str, Any], im
     return cut_placeholders(input_ids, inputs.get("attention_mask"), image_token_id, images, n_wanted)
 
 
-def cut_placeholders(
-    input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, images: int, n_wanted: int
-) -> Cut:
+def cut_placeholders(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, images: int, n_wanted: int) -> Cut:
     """Keep the first n_wanted placeholders of each image; prompts with fewer images are padded on the left.
 
     >>> ids = torch.tensor([[9, 9, 1, 9, 9, 2], [0, 0, 9, 9, 3, 4]])
@@ -336,17 +354,20 @@ def cut_placeholders(
     return Cut(ids, attention_mask, packed.index, packed.is_real)
 
 
-def check_generation(applied: Applied, options: dict[str, Any]) -> None:
-    """ValueError for ways to generate that cannot go with tokens dropped inside the language model."""
+def check_generation(applied: Applied, config: GenerationConfig | None, options: dict[str, Any]) -> None:
+    """ValueError for ways to generate that cannot go with tokens dropped inside the language model. `options`: what
+    generate was given, which counts before `config`."""
     if applied.drop_run is None:
         return
-    config = options.get("generation_config")
-    for name in ("assistant_model", "prefill_chunk_size", "cache_implementation"):
+    for name in NOT_WHILE_DROPPING:
         value = options.get(name)
-        if value is None and config is not None:
-            value = config.to_dict().get(name)
-        if value is not None and value != "dynamic":
-            raise ValueError(f"{applied.method.name} does not go with {name}={value!r}: its layers differ in length")
+        if value is None:
+            value = getattr(config, name, None)
+        if value and value != "dynamic":
+            raise ValueError(
+                f"{applied.method.name} does not go with {name}={value!r}: its layers differ in length, and the prompt must "
+                "be read in one piece, without guessed tokens"
+            )
 
 
 def with_prompt(out: Any, prompt: Tensor, n_cut_prompt: int) -> Any:

@@ -1,11 +1,11 @@
 """The socket between the layers of a Llama: visual tokens leave in the middle of the language model.
 
-Source:  FastV, PyramidDrop and SparseVLM as one mechanism (specs/baselines.md sections 5-7, 11, 12);
+Source:  FastV, PyramidDrop and SparseVLM as one mechanism (docs/specs/baselines.md sections 5-7, 11, 12);
          transformers 5.23, LlamaModel.forward (its layer loop is ours here). Touches transformers' internals, as
          model/sockets does.
 Differs: the official codes patch a model file each, for one sample. Here scores are the needed rows of attention only,
-         recomputed in float32, so any attention backend and any batch will do. Each layer has its own mask and cache
-         length; a ragged batch becomes left padding; decoding subtracts what renumbering took from the positions.
+         recomputed with a softmax in float32, so any attention backend and any batch will do. Each layer has its own mask
+         and cache length; a ragged batch becomes left padding; decoding subtracts what renumbering took from positions.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class DropRun:
     def __init__(self, method: Compressor) -> None:
         self.method = method
         self.past: WeakKeyDictionary[Cache, Past] = WeakKeyDictionary()
+        self.prompt_length: int | None = None  # of the prompt that is being answered (generate)
         self.schedule: list[int] | None = None
         self.sources: dict[int, Tensor] = {}  # layer -> (I, tokens of an image that enter it, P), which patch is in which
 
@@ -87,6 +88,7 @@ class Dropping(nn.Module):
         """As the language model's. image (B, L): see Rows; prompt_length: columns after it are answers, which do not
         score (None: all are prompt)."""
         run: DropRun = self.__dict__["_run"]
+        prompt_length = run.prompt_length if prompt_length is None else prompt_length
         past = None if past_key_values is None else run.past.get(past_key_values)
         if past is None and image is None:
             check_foreign_cache(past_key_values)

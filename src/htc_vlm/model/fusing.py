@@ -1,7 +1,7 @@
 """Pre-fusion: before the language model, the words of a prompt read all patches in layers of the method's own.
 
 Source:  LLaVA-Mini (arXiv:2501.03895; released code at 47da113): [patches; compressed tokens; words], causal; positions
-         count what takes part; answers and padding do not, and keep their embeddings; specs/baselines.md section 8.
+         count what takes part; answers and padding do not, and keep their embeddings; docs/specs/baselines.md section 8.
 Differs: any batch, any number of images (each image's patches stand before its tokens), and packed questions, which
          read the picture and themselves only, and are numbered from the same place: each gets what it gets alone.
 """

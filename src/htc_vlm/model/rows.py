@@ -1,6 +1,6 @@
 """The sequence between two layers while visual tokens leave: what a method is shown, and what its decision makes of it.
 
-Source:  FastV, PyramidDrop and SparseVLM as one mechanism (specs/baselines.md sections 5-7, 11).
+Source:  FastV, PyramidDrop and SparseVLM as one mechanism (docs/specs/baselines.md sections 5-7, 11).
 Differs: batches: tokens leave from every image of every sample at once, and what is ragged becomes left padding. Tensors
          in, tensors out; `dropping` runs the layers.
 """

@@ -1,7 +1,7 @@
 """The sockets of the vision tower: what LLaVA's features were made from, and merging between blocks.
 
 Source:  transformers 5.23, CLIPVisionModel and CLIPEncoderLayer (read); ToMe's block (af95e4b) and VisionZip's reading
-         of the class token (3151f6d); specs/baselines.md sections 4, 9, 12. Touches transformers' internals, as
+         of the class token (3151f6d); docs/specs/baselines.md sections 4, 9, 12. Touches transformers' internals, as
          model/sockets does.
 Differs: no hook and no attention of our own: the class token's row and the keys are computed again from the block's
          input; sizes enter attention as a float mask, which sdpa and eager add to the logits.

@@ -1,7 +1,7 @@
 """Clustering tokens by density peaks (DPC-KNN) and taking the mean of each cluster.
 
 Source:  SparseVLM (ICML 2025), "token recycling", official code 26a5f48 (`cluster_and_merge`), after Du et
-         al., DPC-KNN (2016); specs/baselines.md section 7.
+         al., DPC-KNN (2016); docs/specs/baselines.md section 7.
 Differs: the density noise is off unless given, and then comes from its own seed (official: the global random state,
          so two runs differ). The paper assigns by cosine and sums; the released code assigns by distance and averages,
          and so do we.

@@ -1,6 +1,6 @@
 """What a token schedule costs: FLOPs, counted or computed, and bytes of key-value cache.
 
-Source:  torch.utils.flop_counter; specs/ecosystem.md section 7 (tools compared); Kaplan et al. 2020 for the
+Source:  torch.utils.flop_counter; docs/specs/ecosystem.md section 7 (tools compared); Kaplan et al. 2020 for the
          convention that a multiply-add is two FLOPs and only matrix products count.
 Differs: torch does not count attention on the CPU (pytorch#195460, the kernel is missing from its table); we add it.
          FLOPs are dense, as every kernel with a mask computes them; `causal=True` credits what causality saves.
@@ -97,7 +97,7 @@ def prefill_flops(
     that the output matrix is applied to (generation needs 1; the decoder alone, 0); n_past: tokens already in the
     cache, of every layer. Not counted: the vision tower, the projector, and a method's scores.
 
-    576 patches and 40 text tokens through LLaVA-1.5-7B, in TFLOPs (specs/ecosystem.md section 7):
+    576 patches and 40 text tokens through LLaVA-1.5-7B, in TFLOPs (docs/specs/ecosystem.md section 7):
 
     >>> round(prefill_flops(LLAMA_7B, [576] * 32, n_text=40, n_logits=1) / 1e12, 3)
     8.178

@@ -1,7 +1,7 @@
 """Merging tokens: ToMe's bipartite soft matching and its schedules, and VisionZip's contextual merge.
 
 Source:  Token Merging (Bolya et al., ICLR 2023), section 3 and official code af95e4b; VisionZip (CVPR 2025),
-         official code 3151f6d, for `contextual_merge`; specs/baselines.md sections 4 and 9.
+         official code 3151f6d, for `contextual_merge`; docs/specs/baselines.md sections 4 and 9.
 Differs: sorting is stable, so that ties are the same on every device (official: unstable argsort); similarities are
          computed in float32 whatever the dtype; a merge that does not fit is refused (official: made smaller).
 """
@@ -111,7 +111,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False) -
 def merge_list(n_patches: int, n_keep: int, n_blocks: int) -> list[int]:
     """How many tokens each block merges so that exactly `n_keep` of `n_patches` are left: even, the larger ones last.
 
-    The lists behind "192, 128 and 64 tokens" in the 23 blocks that LLaVA-1.5 reads (specs/baselines.md section 4):
+    The lists behind "192, 128 and 64 tokens" in the 23 blocks that LLaVA-1.5 reads (docs/specs/baselines.md section 4):
 
     >>> for n_keep in (192, 128, 64):
     ...     merges = merge_list(576, n_keep, 23)

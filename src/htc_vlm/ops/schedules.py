@@ -1,6 +1,6 @@
 """How many visual tokens enter each layer of the language model, per method: the promise behind `schedule()`.
 
-Source:  FastV d165972, PyramidDrop 6444f30, SparseVLMs 26a5f48, each to its rounding rule; specs/baselines.md sections
+Source:  FastV d165972, PyramidDrop 6444f30, SparseVLMs 26a5f48, each to its rounding rule; docs/specs/baselines.md sections
          5-7.
 Differs: settings that cannot be met are refused (the official code clips them, or fails later). All methods count
          tokens *entering* a layer; SparseVLM's authors count those leaving it, so its "64" is 82: see `leaving`.
@@ -32,7 +32,7 @@ def fastv(n_patches: int, n_layers: int, n_keep: int, layer: int) -> list[int]:
 def fastv_keep(n_patches: int, n_layers: int, mean_tokens: float, layer: int) -> int:
     """The `n_keep` whose mean over layers is nearest to `mean_tokens`.
 
-    The paper's K = 2, for 192, 128 and 64 (specs/baselines.md section 5):
+    The paper's K = 2, for 192, 128 and 64 (docs/specs/baselines.md section 5):
 
     >>> [fastv_keep(576, 32, mean, layer=2) for mean in (192, 128, 64)]
     [166, 98, 30]
@@ -83,23 +83,26 @@ def pyramid_drop_ratio(n_patches: int, n_layers: int, stages: Sequence[int], mea
     0.53
     """
     _check_layers(stages, n_layers)
-    best, best_error = None, float("inf")
+    best, best_error, least = None, float("inf"), float(n_patches)
     for step in range(1, 10001):
         kept = pyramid_drop_keep(n_patches, len(stages), step / 10000)
         if kept[-1] < 1:
             continue
-        error = abs(sum(_drop(n_patches, n_layers, stages, kept)) / n_layers - mean_tokens)
+        reached = sum(_drop(n_patches, n_layers, stages, kept)) / n_layers
+        least = min(least, reached)
+        error = abs(reached - mean_tokens)
         if error < best_error:
             best, best_error = step / 10000, error
     if best is None or best_error > 0.02 * mean_tokens:
         raise ValueError(
             f"no ratio with stages {list(stages)} of {n_layers} layers gives a mean of {mean_tokens} of {n_patches} "
-            "tokens; use earlier stages for a smaller mean, later ones for a larger"
+            f"tokens; the least is {least:.1f}. Later stages have a larger mean, earlier ones a smaller, never one of "
+            f"{n_patches / n_layers:.1f} or less, since all patches enter the first layer"
         )
     return best
 
 
-# Stages and ratio for a mean of 192, 128 and 64 of 576 in 32 layers (192.1, 128.4, 63.9). Solved in specs/baselines.md
+# Stages and ratio for a mean of 192, 128 and 64 of 576 in 32 layers (192.1, 128.4, 63.9). Solved in docs/specs/baselines.md
 # section 6: the settings behind the published tables were never given (PyramidDrop issues 10, 22, 27). The paper's own
 # setting, stages (8, 16, 24) and ratio 0.5, has a mean of 270 and cannot go below 144.
 PYRAMID_DROP: dict[int, tuple[tuple[int, ...], float]] = {
@@ -157,7 +160,10 @@ def sparse_vlm_scaled(budget: int, n_patches: int, n_layers: int, plus: bool = F
     layers = tuple(max(round((layer + 1) * n_layers / PUBLISHED_LAYERS) - 1, 0) for layer in published.layers)
     keep = tuple(max(1, round(kept * n_patches / PUBLISHED_PATCHES)) for kept in published.keep)
     if len(set(layers)) != len(layers):
-        raise ValueError(f"{n_layers} layers are too few for SparseVLM's three stages; give layers and keep")
+        raise ValueError(
+            f"{n_layers} layers are too few for SparseVLM's three stages; give layers and keep (their mean is above "
+            f"{n_patches / n_layers:.1f}, since all patches enter the first layer)"
+        )
     return SparseVlmSettings(layers, keep, published.recycle)
 
 

@@ -1,6 +1,6 @@
 """Choosing which tokens stay: by score, by diversity, at random; and packing what is left of a ragged batch.
 
-Source:  DivPrune (CVPR 2025), greedy max-min selection of its released code; specs/baselines.md sections 10 and 11.
+Source:  DivPrune (CVPR 2025), greedy max-min selection of its released code; docs/specs/baselines.md sections 10 and 11.
 Differs: ties go to the lowest index, everywhere (torch.topk leaves them open); DivPrune never picks a token twice (the
          released code can, when patches are identical).
 """

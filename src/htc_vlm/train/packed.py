@@ -1,6 +1,6 @@
 """Many questions about one image in one sequence, over features of the frozen tower computed before.
 
-Source:  ours (specs/feasibility.md: without packing the visual tokens are paid for once per question).
+Source:  ours (docs/specs/feasibility.md: without packing the visual tokens are paid for once per question).
 Differs: a sample is a pure function of (seed, number), so a run that was killed goes on exactly where it was.
 """
 

@@ -1,6 +1,6 @@
 """Pictograms: scenes of pictograms, by kind of question; styles seen in training (test), unseen vendor (test-unseen).
 
-Source:  ours (htc_vlm.data.pictograms); the bag-of-things ceiling is the lesson of specs/feasibility.md: a model that
+Source:  ours (htc_vlm.data.pictograms); the bag-of-things ceiling is the lesson of docs/specs/feasibility.md: a model that
          knows which things are in a scene, but not which is where, scores this much.
 Differs: nothing known.
 """
