@@ -200,7 +200,7 @@ def test_a_row_that_answers_as_if_blind_is_named(study: Path) -> None:
     content["metrics"]["scenes/count"] = 21.0
     file.write_text(json.dumps(content))
     told = [sentence for sentence in sentences(load(study)) if "no better than without" in sentence]
-    assert told == ["scenes/count: no better than without the picture (20.0 %): B; better: A 70.0 %."]
+    assert told == ["scenes/count: no better than without the picture (20.0 %): B. Better: A 70.0 %."]
 
 
 def test_rows_that_were_asked_other_questions_are_named(study: Path) -> None:

@@ -116,8 +116,8 @@ def no_better_than_blind(study: StudyTable) -> list[str]:
         at = [title for title, score in scores.items() if score <= blind + NEAR_BLIND]
         better = [f"{title} {score:.1f} %" for title, score in scores.items() if score > blind + NEAR_BLIND]
         if at:
-            told = f"; better: {', '.join(better)}" if better else ""
-            out.append(f"{metric}: no better than without the picture ({blind:.1f} %): {', '.join(at)}{told}.")
+            told = f" Better: {'; '.join(better)}." if better else ""
+            out.append(f"{metric}: no better than without the picture ({blind:.1f} %): {'; '.join(at)}.{told}")
     return out
 
 
