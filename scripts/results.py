@@ -55,8 +55,8 @@ IN_SHORT = """\
 ## In short
 
 Every comparison of the tables below over all questions of the pictograms, first minus second. With one seed the interval does
-not hold the spread between seeds, which is several points here: such a line is a hint. What the rows do on the other two data sets,
-where some are no better than blind, stands with each table.
+not hold the spread between seeds, which is several points here: such a line is a hint. What the rows do on the other two data
+sets, where some are no better than blind, stands with each table.
 """
 SHIPPED = """\
 ## The shipped models
