@@ -38,8 +38,8 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 table: $(READY)
-	$(BIN)/python scripts/results.py
-	$(BIN)/python scripts/readme.py
+	$(BIN)/python study/page.py
+	$(BIN)/python study/readme.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

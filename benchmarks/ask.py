@@ -1,6 +1,6 @@
 """First-token time, decoding time and cache bytes: from the cache, text only, and uncompressed, as ratios from one run.
 
-    python benchmarks/ask.py [--model tiny] [--batch 8] [--repeats 30] [--output results/ask/cpu.json]
+    python benchmarks/ask.py [--model tiny] [--batch 8] [--repeats 30] [--output study/results/ask/cpu.json]
 
 Text only = the same question with no image at all. All are timed in turn within each repeat, so that a busy machine
 disturbs them alike; medians. `answer_*` makes N_NEW tokens; `static` reserves the cache's room at once, which pays where
@@ -19,11 +19,11 @@ import torch
 
 from htc_vlm import load
 from htc_vlm.cli.ask import cost
-from htc_vlm.data import pictograms
-from htc_vlm.eval.provenance import provenance
+from htc_vlm.eval.run_info import provenance
 from htc_vlm.model.answering import Answerer
-from htc_vlm.model.loading import uncompressed_twin
+from htc_vlm.model.loading import without_compression
 from htc_vlm.model.processing import HtcVlmProcessor
+from htc_vlm.tiny import pictograms
 
 N_NEW = 16  # tokens of an answer whose decoding is timed
 
@@ -45,12 +45,12 @@ def main() -> int:
     arguments.add_argument("--model", default="tiny")
     arguments.add_argument("--batch", type=int, default=1)
     arguments.add_argument("--repeats", type=int, default=30)
-    arguments.add_argument("--output", type=Path, default=Path("results/ask/cpu.json"))
+    arguments.add_argument("--output", type=Path, default=Path("study/results/ask/cpu.json"))
     options = arguments.parse_args()
 
     model, processor = load(options.model)
     compressed = Answerer(model, processor)
-    twin = uncompressed_twin(model)
+    twin = without_compression(model)
     plain_processor = HtcVlmProcessor.for_config(
         twin.config, processor.image_processor, processor.tokenizer, chat_template=processor.chat_template
     )

@@ -1,6 +1,6 @@
 """Milliseconds to the first token of 32 questions, for every row of the study, in one run on a quiet machine.
 
-    python benchmarks/first_token.py [--data DIR] [--rounds 15] [--output results/first_token.json]
+    python benchmarks/first_token.py [--data DIR] [--rounds 15] [--output study/results/first_token.json]
 
 The rows take turns within each round, so that a busy machine disturbs them alike; median and quartiles. What was done before
 is not counted: the vision tower's features, and for a bottleneck the cells. Trained rows are built untrained: what a token
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from htc_vlm.analysis import evaluating, study
 from htc_vlm.cli.cost import settings_for
-from htc_vlm.eval.experiments import Experiment, followed, read_tables
-from htc_vlm.eval.provenance import provenance
 from htc_vlm.eval.run import Ask, batches, write_json
+from htc_vlm.eval.run_info import provenance
+from htc_vlm.viz import evaluating, study
+from study.definitions import Experiment, followed, read_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 N_QUESTIONS = 32
@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="features of the test pictures; default: a folder that is thrown away")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--experiments", type=Path, default=ROOT / "experiments")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "first_token.json")
+    parser.add_argument("--experiments", type=Path, default=ROOT / "study" / "experiments")
+    parser.add_argument("--output", type=Path, default=ROOT / "study" / "results" / "first_token.json")
     options = parser.parse_args(arguments)
     data = options.data or Path(os.environ.get("HTC_VLM_DATA", "data"))
     with tempfile.TemporaryDirectory() as work:

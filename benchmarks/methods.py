@@ -1,7 +1,7 @@
 """Prefill and decode time of every method against `none`, in one run, beside what the FLOPs promise.
 
-    python benchmarks/methods.py [--shape cpu] [--budgets 192 128 64] [--repeats 3] [--output results/methods/cpu.json]
-    python benchmarks/methods.py --shape 7b --device cuda --output results/methods/gpu-7b.json
+    python benchmarks/methods.py [--shape cpu] [--budgets 192 128 64] [--repeats 3] [--output study/results/methods/cpu.json]
+    python benchmarks/methods.py --shape 7b --device cuda --output study/results/methods/gpu-7b.json
 
 Weights are random: what a token costs does not depend on them. The methods take turns within each repeat, so that a busy
 machine disturbs them alike; medians. Counting the FLOPs, which runs each once, is the warm-up. Every call starts from
@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
+import htc_vlm
 from htc_vlm import compressors
 from htc_vlm.cli import cost as costs
 from htc_vlm.compressors import COMPRESSORS, Compressor
-from htc_vlm.eval.provenance import provenance
+from htc_vlm.eval.run_info import provenance
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
-from htc_vlm.model.convert import BASES, LLAVA_7B
+from htc_vlm.model.add_compressor import BASES, LLAVA_7B
 from htc_vlm.model.modeling import sizes_of
 from htc_vlm.ops import cost
 
@@ -115,7 +116,7 @@ class Contender:
         return json.dumps([self.name, self.settings])
 
     def active(self) -> AbstractContextManager[Any]:
-        return compressors.apply(self.model, self.name, **self.settings) if self.is_applied else nullcontext()
+        return htc_vlm.apply(self.model, self.name, **self.settings) if self.is_applied else nullcontext()
 
 
 @dataclass
@@ -307,7 +308,7 @@ def main() -> int:
     arguments.add_argument("--new", type=int, default=4, help="decode steps")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: on a machine that others use")
-    arguments.add_argument("--output", type=Path, default=Path("results/methods/cpu.json"))
+    arguments.add_argument("--output", type=Path, default=Path("study/results/methods/cpu.json"))
     options = arguments.parse_args()
     device, shape = torch.device(options.device), SHAPES[options.shape]()
     if options.shape == "7b" and device.type != "cuda":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from htc_vlm.eval.provenance import provenance
+from htc_vlm.eval.run_info import provenance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -77,12 +77,12 @@ def device_head(device: torch.device) -> dict[str, Any]:
 def default_output(device: str, shape: str) -> Path:
     """
     >>> default_output("NVIDIA H100 80GB HBM3", "7b").as_posix(), default_output("cpu", "tiny").as_posix()
-    ('results/real_size/nvidia-h100-80gb-hbm3.json', 'runs/real_size/cpu-tiny.json')
+    ('study/results/real_size/nvidia-h100-80gb-hbm3.json', 'runs/real_size/cpu-tiny.json')
     """
     name = device.lower().replace(" ", "-")
     if shape == "tiny":
         return Path(f"runs/real_size/{name}-tiny.json")
-    return Path(f"results/real_size/{name}{'-7b' if (name, shape) == ('cpu', '7b') else ''}.json")
+    return Path(f"study/results/real_size/{name}{'-7b' if (name, shape) == ('cpu', '7b') else ''}.json")
 
 
 def origin(commit: str | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(shapes.SHAPES), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="default: results/real_size/DEVICE.json")
+    parser.add_argument("--output", type=Path, help="default: study/results/real_size/DEVICE.json")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--compile", action="store_true", help="also the fast path under torch.compile (minutes to compile)")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no part is begun after so many seconds")

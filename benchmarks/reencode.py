@@ -1,6 +1,6 @@
 """Evaluating from the cache against encoding the picture again for every question, on easy-vqa; the ratio from one run.
 
-    python benchmarks/reencode.py [--model tiny] [--images 50] [--batch-size 32] [--output results/reencode/cpu.json]
+    python benchmarks/reencode.py [--model tiny] [--images 50] [--batch-size 32] [--output study/results/reencode/cpu.json]
 
 Both ways answer the same questions of the test split in the same batches and must give the same answers. `from_cache` is what
 `htc-vlm eval` does: a picture is loaded and compressed once in a batch and shared by its questions. `reencoded` loads and
@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from htc_vlm import load
-from htc_vlm.eval.provenance import provenance
 from htc_vlm.eval.run import Ask, batches, write_json
+from htc_vlm.eval.run_info import provenance
 from htc_vlm.eval.task import Item, make_task
 from htc_vlm.model.answering import Answerer
 
@@ -100,7 +100,7 @@ def main() -> int:
     arguments.add_argument("--batch-size", type=int, default=32)
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--data", type=Path, help="folder with easy-vqa (default: $HTC_VLM_DATA or data)")
-    arguments.add_argument("--output", type=Path, default=Path("results/reencode/cpu.json"))
+    arguments.add_argument("--output", type=Path, default=Path("study/results/reencode/cpu.json"))
     options = arguments.parse_args()
     if options.data is not None:
         os.environ["HTC_VLM_DATA"] = str(options.data)

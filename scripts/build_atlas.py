@@ -1,4 +1,4 @@
-"""Build the pictogram atlas: one PNG per vendor and concepts.json, committed in src/htc_vlm/data/atlas/.
+"""Build the pictogram atlas: one PNG per vendor and concepts.json, committed in src/htc_vlm/tiny/atlas/.
 
 Source: npm packages @lobehub/fluent-emoji-3d 1.1.0, emoji-datasource-twitter 16.0.0 and emojibase-data 17.0.0; Debian
     package fonts-noto-color-emoji 2.042. Names are the English CLDR short names, as emojibase-data gives them.
@@ -23,7 +23,7 @@ CELL = 72
 COLUMNS = 12
 NOTO_PIXELS = 109  # the only bitmap size in the font
 VENDORS = ("noto", "twemoji", "fluent")
-ATLAS = Path(__file__).resolve().parents[1] / "src" / "htc_vlm" / "data" / "atlas"
+ATLAS = Path(__file__).resolve().parents[1] / "src" / "htc_vlm" / "tiny" / "atlas"
 
 # category -> (concepts that may be turned, concepts always drawn upright: they look much alike when turned, or the
 # vendors draw them at different angles, so that "which way up" has no answer)

@@ -24,13 +24,17 @@ COMMANDS = {
     "data": "build or verify a data set, offline",
     "train": "train a stage of a preset; start again to resume",
     "eval": "answer a task's questions and write a result file",
-    "train-and-eval": "build the missing results of a study, row by row",
-    "table": "rebuild the tables from the result files",
     "convert": "turn LLaVA and MGVQ checkpoints into an HTC-VLM checkpoint",
-    "probe": "read what the bottleneck token has kept",
     "heatmap": "draw what the bottleneck token looked at",
-    "provenance": "draw which patch went into which token",
+    "token-map": "draw which patch went into which token",
     "cost": "count tokens, FLOPs and bytes of a method",
+}
+
+MOVED = {
+    "train-and-eval": "it is a command of the study now: in a source checkout, `python -m study train-and-eval`",
+    "table": "it is a command of the study now: in a source checkout, `python -m study table`",
+    "probe": "it is a command of the study now: in a source checkout, `python -m study probe`",
+    "provenance": "it is called `htc-vlm token-map` now",
 }
 
 EXIT_REFUSED = 2
@@ -105,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"htc-vlm {importlib.metadata.version('htc-vlm')}")
         return 0
+    if name in MOVED:
+        print(f"htc-vlm {name}: {MOVED[name]}", file=sys.stderr)
+        return EXIT_REFUSED
     if name not in commands:
         print(unknown(name, commands), file=sys.stderr)
         return EXIT_REFUSED
@@ -112,14 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Import `cli/NAME.py` and run it; a refusal becomes one line on stderr and exit code 2.
+    """Imports `cli/NAME.py` and runs it as `run_module` does."""
+    return run_module(f"htc_vlm.cli.{module(name)}", name, argv)
+
+
+def run_module(path: str, name: str, argv: list[str]) -> int:
+    """Runs the command in a module; a refusal becomes one line on stderr and exit code 2.
 
     Refusals are ValueError, OSError, and an ImportError raised by hand to say what to install. One of Python's own has
     a `name`, and is a bug.
     """
     debug = os.environ.get("HTC_VLM_DEBUG", "") not in ("", "0")
     try:
-        return int(importlib.import_module(f"htc_vlm.cli.{module(name)}").run(argv))
+        return int(importlib.import_module(path).run(argv))
     except BrokenPipeError:
         # `htc-vlm ... | head`: the reader has gone. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,7 @@ def test_a_script_imports_and_answers_help(
 
 def test_the_page_of_results_tells_where_the_attention_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: anchors got 10 and 30 % in two layers, the even share of 4 among 41 tokens is 9.8 %."""
-    spec = importlib.util.spec_from_file_location("script_results", REPO / "scripts" / "results.py")
+    spec = importlib.util.spec_from_file_location("script_results", REPO / "study" / "page.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

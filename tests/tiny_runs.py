@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from htc_vlm.model import HtcVlmForConditionalGeneration, HtcVlmProcessor
-from htc_vlm.model.convert import with_compressor
-from htc_vlm.model.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.quantizers.mgvq import MGVQ
+from htc_vlm.tiny.tower import EfficientNetLiteConfig, EfficientNetLiteModel
 from htc_vlm.train import presets
 
 N_PATCHES, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 4, 2, 8

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from htc_vlm.model import CompressedImages
-from htc_vlm.model.loading import uncompressed_twin
+from htc_vlm.model.loading import without_compression
 from htc_vlm.ops import rope
 from htc_vlm.ops.cost import cache_bytes, count_flops, decode_flops, prefill_flops
 from real_size.bench import Bench
@@ -135,7 +135,7 @@ def entry_bytes(bench: Bench) -> int:
 def through_generate(bench: Bench, batch: int) -> dict[str, Any]:
     """The first token through `generate`, as a program asks: host work, placing and checks included."""
     model, ids = bench.model, bench.question(batch)
-    twin = uncompressed_twin(model)
+    twin = without_compression(model)
     cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.fingerprint(), bench.n_visual)
     features = bench.random(batch, bench.n_patches, model.config.vision_config.hidden_size)
     placeholders = ids.new_full((batch, bench.n_patches), model.config.image_token_index)
@@ -162,7 +162,7 @@ def answers(bench: Bench, batch: int) -> dict[str, Any]:
     model, ids, n_new, decoder = bench.model, bench.question(batch), bench.shape.n_new, bench.decoder
     cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.fingerprint(), bench.n_visual)
     sides: dict[str, tuple[Any, dict[str, Any], int]] = {
-        "from_cache": (model, {"compressed": cells}, bench.n_bottleneck), "text_only": (uncompressed_twin(model), {}, 0),
+        "from_cache": (model, {"compressed": cells}, bench.n_bottleneck), "text_only": (without_compression(model), {}, 0),
     }  # fmt: skip
     calls, work = {}, {}
     for side, (asked, image, n_past) in sides.items():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htc_vlm.model import fast_compress, sockets
+from htc_vlm.applied import hf_compat
+from htc_vlm.model import fast_prefill
 from htc_vlm.ops.cost import count_flops, fast_compress_flops, prefill_flops
 from htc_vlm.tokens import TokenLayout
 from real_size.bench import Bench, bytes_of
@@ -35,7 +36,7 @@ def dense_masked(bench: Bench, batch: int) -> Callable[[], Tensor]:
     embeds = bench.random(batch, bench.n_visual + bench.n_bottleneck, bench.decoder.width)
     kind = TokenLayout.from_string("v" * bench.n_visual + "b" * bench.n_bottleneck).kind.to(bench.device)
     visible = inner.compressor.visible(TokenLayout.from_kind(kind.expand(batch, -1)))
-    mask = sockets.ready_mask(inner.language_model.config, embeds, None, visible)
+    mask = hf_compat.ready_mask(inner.language_model.config, embeds, None, visible)
     positions = torch.arange(embeds.shape[1], device=bench.device).expand(batch, -1)
 
     def call() -> Tensor:
@@ -144,14 +145,14 @@ def compiled(bench: Bench, batch: int, backend: str = "inductor") -> dict[str, A
         return bench.model.model.compress_visual(visual, path="fast")
 
     expected, flops = call(), count_flops(call)
-    plain = fast_compress._layer
-    fast_compress._layer = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
+    plain = fast_prefill._layer
+    fast_prefill._layer = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
     try:
         first_s = time_in_turn({"compile": call}, bench.device, warmup=0, repeats=1)["compile"][0] / 1000
         difference = relative_difference(call(), expected)
         times = time_in_turn({"compiled": call}, bench.device, bench.shape.warmup, bench.shape.repeats)["compiled"]
     finally:
-        fast_compress._layer = plain
+        fast_prefill._layer = plain
     one = entry(times, Work(flops, bench.layer_bytes), bench.ceilings, difference_from_plain=difference, first_call_s=first_s)
     one["images_per_s"] = 1000 * batch / one["ms"]
     return one

@@ -1,6 +1,6 @@
 """The sizes that are measured, and models of them with random weights, made where they run.
 
-Source:  LLaVA-1.5-7B's config.json and configs/llava-1.5-7b.yaml for `7b`; VoCo-LLaMA and LLaVA-1.5 for LoRA of rank 128.
+Source:  LLaVA-1.5-7B's config.json and the preset llava-1.5-7b for `7b`; VoCo-LLaMA and LLaVA-1.5 for LoRA of rank 128.
 Differs: `small` keeps LLaVA's 576 patches and the paper's 4 anchors in a decoder that two CPU cores run in seconds; `tiny` is
          for the tests. Speed does not depend on trained weights.
 """
@@ -18,11 +18,11 @@ import yaml
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
-from htc_vlm.model.convert import meta_model
+from htc_vlm.model.add_compressor import meta_model
 from htc_vlm.ops.cost import DecoderShape
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESET_7B = ROOT / "configs" / "llava-1.5-7b.yaml"
+PRESET_7B = ROOT / "src" / "htc_vlm" / "train" / "presets" / "llava-1.5-7b.yaml"
 
 
 @dataclass(frozen=True)

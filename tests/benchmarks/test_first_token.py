@@ -30,7 +30,7 @@ def script() -> ModuleType:
 
 def test_the_rows_of_all_tables_once(script: ModuleType) -> None:
     """A row that shows another one's results is that row; each is asked 32 questions of one task."""
-    rows = script.rows_of(REPO / "experiments")
+    rows = script.rows_of(REPO / "study" / "experiments")
     assert "table1/upper" in rows and "table2/fastv-192" in rows and "table2/upper" not in rows
     for one in rows.values():
         (task,) = one.tasks.values()

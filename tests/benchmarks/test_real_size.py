@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from htc_vlm.eval import provenance
+from htc_vlm.eval import run_info
 from htc_vlm.model import HtcVlmForConditionalGeneration
 from htc_vlm.ops.cost import DecoderShape, count_flops, prefill_flops
 
@@ -175,8 +175,8 @@ def test_outputs_that_are_not_finite_are_not_timed(script: ModuleType) -> None:
 
 def test_a_copy_without_git_is_told_its_commit(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU machine the tree is a copy; --commit never overrides what git says."""
-    assert script.origin("abc-dirty")["commit"] == provenance.provenance()["commit"]
-    monkeypatch.setattr(provenance, "_git", lambda *words: None)
+    assert script.origin("abc-dirty")["commit"] == run_info.provenance()["commit"]
+    monkeypatch.setattr(run_info, "_git", lambda *words: None)
     assert (script.origin("abc-dirty")["commit"], script.origin("abc-dirty")["dirty"]) == ("abc", True)
     assert (script.origin("abc")["commit"], script.origin("abc")["dirty"]) == ("abc", False)
     assert script.origin(None)["commit"] is None

@@ -145,7 +145,7 @@ def test_foreign_and_damaged_cells_are_refused(picture: str, tmp_path: Path, cap
     damaged = bytearray(good.read_bytes())
     (tmp_path / "cut.st").write_bytes(damaged[:-10])
     (tmp_path / "text.st").write_text("no cells")
-    CompressedImages(CompressedImages.load(good).cells, "0" * 16, 6).save(tmp_path / "foreign.st")
+    CompressedImages(CompressedImages.load(good).kv, "0" * 16, 6).save(tmp_path / "foreign.st")
     cases = {
         "cut.st": "damaged file", "text.st": "damaged file", "none.st": "no such file",
         "foreign.st": "compressed by another model",

@@ -37,8 +37,8 @@ def test_a_folder_becomes_one_file_in_the_order_of_its_names(tmp_path: Path, cap
     images = CompressedImages.load(file)
     assert (code, lines, [Path(name).name for name in report["pictures"]]) == (0, [], ["a.png", "b.png", "c.png"])
     answerer = Answerer(*tiny.loaded(tiny.HTC))
-    alone = torch.cat([answerer.encode([tiny.noise(ord(name))]).cells for name in "abc"])  # type: ignore[union-attr]
-    torch.testing.assert_close(images.cells, alone, atol=1e-5, rtol=0)
+    alone = torch.cat([answerer.encode([tiny.noise(ord(name))]).kv for name in "abc"])  # type: ignore[union-attr]
+    torch.testing.assert_close(images.kv, alone, atol=1e-5, rtol=0)
     assert report["bytes_per_picture"] == tiny.N_LAYERS * 2 * tiny.N_KV_HEADS * tiny.HEAD_DIM * 4
 
 

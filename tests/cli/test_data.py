@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from htc_vlm.cli import data as command
-from htc_vlm.data import easy_vqa, pictograms
 from htc_vlm.data.conversations import load_conversations
-from htc_vlm.data.questions import Question
+from htc_vlm.tiny import easy_vqa, pictograms
+from htc_vlm.tiny.questions import Question
 
 ROWS = {
     "train": [

@@ -1,4 +1,4 @@
-"""`compressors.apply` on a stock LLaVA: what must hold for every method that it applies."""
+"""`htc_vlm.apply` on a stock LLaVA: what must hold for every method that it applies."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import htc_vlm
 from htc_vlm import HtcVlmConfig, HtcVlmForConditionalGeneration, compressors, load
 from htc_vlm.compressors import COMPRESSORS, AppliedOnly
 
@@ -64,7 +65,7 @@ every = pytest.mark.parametrize("case", ALL)
 
 
 def applied(model: Any, case: str) -> Any:
-    return compressors.apply(model, case.rstrip("+"), **ALL[case])
+    return htc_vlm.apply(model, case.rstrip("+"), **ALL[case])
 
 
 def answer(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
@@ -100,7 +101,7 @@ def test_generation_without_a_cache_gives_the_same(
 ) -> None:
     """Without a cache the prompt is read anew with each token: the answer's last token chose the patches, not the question."""
     model = llavas[attention]
-    with compressors.apply(model, name, **settings) as run:
+    with htc_vlm.apply(model, name, **settings) as run:
         cached = answer(model, prompts.batch)
         assert run.schedule == run.method.schedule(16, 6)
         anew = answer(model, prompts.batch, use_cache=False)
@@ -218,7 +219,7 @@ def test_keeping_everything_is_the_stock_model(
     """The mechanism itself must cost nothing."""
     model = llavas[attention]
     plain = answer(model, prompts.batch)
-    with compressors.apply(model, name, **settings):
+    with htc_vlm.apply(model, name, **settings):
         kept = answer(model, prompts.batch)
     assert torch.equal(plain.sequences, kept.sequences)
     close(torch.stack(plain.logits), torch.stack(kept.logits))
@@ -434,7 +435,7 @@ def test_other_decoders_of_llavas_work(new_llava: Any, prompts: Any, text: Any) 
     """BakLLaVA is a Mistral, LLaVA-Interleave a Qwen2."""
     model = new_llava(text_config=text.to_dict())
     plain = answer(model, prompts.batch)
-    with compressors.apply(model, "fastv", n_keep=16, layer=2):
+    with htc_vlm.apply(model, "fastv", n_keep=16, layer=2):
         close(torch.stack(answer(model, prompts.batch).logits), torch.stack(plain.logits))
     with applied(model, "pyramid_drop"):
         batch = answer(model, prompts.batch).logits[-1]
@@ -451,7 +452,7 @@ def own_config(compressor: dict[str, Any]) -> HtcVlmConfig:
 
 def refused(model: Any, message: str, name: str, **settings: Any) -> None:
     before = traces(model)
-    with pytest.raises(ValueError, match=message), compressors.apply(model, name, **settings):
+    with pytest.raises(ValueError, match=message), htc_vlm.apply(model, name, **settings):
         raise AssertionError("entered")
     assert traces(model) == before
 
@@ -503,7 +504,7 @@ def test_models_that_lack_what_a_method_needs_are_refused(new_llava: Any) -> Non
     model = new_llava(text_config=MistralConfig(**TEXT, sliding_window=8).to_dict())
     refused(model, "sliding-window", "fastv", n_keep=4, layer=2)
     refused(new_llava(vision_feature_layer=[-2, -3]), "patches of one layer", "tome", n_keep=4)
-    with pytest.raises(ValueError, match="got Linear"), compressors.apply(torch.nn.Linear(2, 2), "fastv"):
+    with pytest.raises(ValueError, match="got Linear"), htc_vlm.apply(torch.nn.Linear(2, 2), "fastv"):
         pass
 
 
@@ -518,7 +519,7 @@ def test_applying_twice_and_over_a_compressor_is_refused(llava: Any) -> None:
 def test_a_model_cannot_have_an_applied_method_as_its_compressor() -> None:
     """It would run without dropping anything, and call itself FastV."""
     config = own_config({"name": "fastv"})
-    with pytest.raises(ValueError, match="use `with compressors.apply"):
+    with pytest.raises(ValueError, match="use `with htc_vlm.apply"):
         HtcVlmForConditionalGeneration(config)
 
 
@@ -590,6 +591,6 @@ def test_a_tower_without_a_class_token_has_no_patch_too_many() -> None:
     model, _ = load("tiny-upper")
     with (
         pytest.raises(ValueError, match="n_keep is 37; there are only 36"),
-        compressors.apply(model, "random_drop", n_keep=37),
+        htc_vlm.apply(model, "random_drop", n_keep=37),
     ):
         pass

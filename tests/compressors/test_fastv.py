@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import htc_vlm
 from htc_vlm import compressors
 from htc_vlm.tokens import equivalent_tokens
 
@@ -30,7 +31,7 @@ def test_fastv_is_layer_k_minus_1s_last_row_and_positions_are_kept(
             states, position = states[:, stay], position[stay]
         states, weights = by_hand.run_layer(llava, index, states, position)
     expected = by_hand.finish(llava, states)
-    with compressors.apply(llava, "fastv", n_keep=n_keep, layer=layer) as applied:
+    with htc_vlm.apply(llava, "fastv", n_keep=n_keep, layer=layer) as applied:
         logits = llava(**prompts.one(sample)).logits[0, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert applied.schedule == [16] * layer + [n_keep] * (6 - layer)
@@ -38,7 +39,7 @@ def test_fastv_is_layer_k_minus_1s_last_row_and_positions_are_kept(
 
 def test_fastv_tells_which_patches_it_kept(llava: Any, prompts: Any) -> None:
     """A heatmap drawn from guessed indices would show something else than what the model saw."""
-    with compressors.apply(llava, "fastv", n_keep=5, layer=2) as applied:
+    with htc_vlm.apply(llava, "fastv", n_keep=5, layer=2) as applied:
         llava(**prompts.batch)
     assert applied.source.shape == (4, 5, 16)
     assert torch.equal(applied.source.sum(dim=-1), torch.ones(4, 5))

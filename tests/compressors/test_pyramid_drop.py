@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import htc_vlm
 from htc_vlm import compressors
 from htc_vlm.tokens import equivalent_tokens
 
@@ -27,7 +28,7 @@ def test_pyramid_drop_scores_with_the_next_layer_and_renumbers(llava: Any, promp
             position = torch.arange(states.shape[1])
         states, _ = by_hand.run_layer(llava, index, states, position)
     expected = by_hand.finish(llava, states)
-    with compressors.apply(llava, "pyramid_drop", stages=(1, 3, 5), ratio=0.5) as applied:
+    with htc_vlm.apply(llava, "pyramid_drop", stages=(1, 3, 5), ratio=0.5) as applied:
         logits = llava(**prompts.one(0)).logits[0, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert applied.schedule == [16, 8, 8, 4, 4, 2]

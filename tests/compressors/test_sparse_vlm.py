@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import htc_vlm
 from htc_vlm import compressors
 from htc_vlm.compressors.sparse_vlm import corrected_scores, raters, recycle
 from htc_vlm.ops.cluster import dpc_knn_merge
@@ -65,7 +66,7 @@ def test_sparse_vlm_drops_at_the_output_of_its_layers(llava: Any, prompts: Any, 
         is_image = torch.cat((is_image[:first], torch.ones(middle.shape[1]).bool(), is_image[last + 1 :]))
     expected = by_hand.finish(llava, states)
     settings = {"layers": (1, 3), "keep": (7, 3), "plus": plus, "n_heads": n_heads, "noise_seed": None}
-    with compressors.apply(llava, "sparse_vlm", **settings) as applied:
+    with htc_vlm.apply(llava, "sparse_vlm", **settings) as applied:
         logits = llava(**prompts.one(2)).logits[0, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert applied.schedule == ([16, 16, 7, 7, 3, 3] if plus else [16, 16, 8, 8, 4, 4])
@@ -105,7 +106,7 @@ def test_recycled_tokens_are_means_of_the_best_dropped_ones() -> None:
 def test_plus_takes_its_best_heads_only() -> None:
     """Head 1 gives the image most; head 0 must not vote."""
     attention = torch.tensor([[[[0.1, 0.0]], [[0.2, 0.5]]]])  # (I=1, H=2, R=1, n=2)
-    seen = compressors.Seen(
+    seen = compressors.AttentionView(
         n_patches=2,
         attention=attention,
         is_row=torch.ones(1, 1, dtype=torch.bool),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import htc_vlm
 from htc_vlm import compressors
 
 
@@ -52,7 +53,7 @@ def tower_by_hand(model: Any, pixels: Tensor, merges: list[int]) -> Tensor:
 def test_merging_in_the_tower_is_tome_block_by_block(llavas: Any, prompts: Any, attention: str, merges: list[int]) -> None:
     """LightCompress's port forgets the sizes at every block: neither means nor attention are weighted."""
     model = llavas[attention]
-    with compressors.apply(model, "tome", merges=merges):
+    with htc_vlm.apply(model, "tome", merges=merges):
         given = model.model.get_image_features(pixel_values=prompts.pixels[1]).pooler_output
     for image, tokens in zip(prompts.pixels[1], given, strict=True):
         expected = model.model.multi_modal_projector(tower_by_hand(model, image[None], merges))
@@ -72,7 +73,7 @@ def test_tomes_budgets_are_exact_in_llavas_23_blocks(budget: int, few: tuple[int
 
 def test_every_patch_is_in_exactly_one_token(llava: Any, prompts: Any) -> None:
     """Provenance pictures must cover the image once."""
-    with compressors.apply(llava, "tome", n_keep=5) as applied:
+    with htc_vlm.apply(llava, "tome", n_keep=5) as applied:
         llava(**prompts.batch)
     assert applied.source.shape == (4, 5, 16)
     assert torch.equal(applied.source.sum(dim=1), torch.ones(4, 16))
@@ -82,7 +83,7 @@ def test_raster_order_only_reorders(llava: Any, prompts: Any) -> None:
     """Merging scrambles tokens; the language model numbers them."""
     given, first = [], []
     for restore_order in (False, True):
-        with compressors.apply(llava, "tome", n_keep=6, restore_order=restore_order) as applied:
+        with htc_vlm.apply(llava, "tome", n_keep=6, restore_order=restore_order) as applied:
             given.append(llava.model.get_image_features(pixel_values=prompts.pixels[0]).pooler_output[0])
             first.append(applied.source[0].argmax(dim=-1))  # the first patch of each token
     torch.testing.assert_close(given[1], given[0][first[0].argsort()])
@@ -111,7 +112,7 @@ def test_after_the_tower_means_are_means_of_patches() -> None:
 )
 def test_merges_that_cannot_be_are_refused(llava: Any, settings: dict[str, Any], message: str) -> None:
     """The official code lowers r silently, and the budget is missed."""
-    with pytest.raises(ValueError, match=message), compressors.apply(llava, "tome", **settings):
+    with pytest.raises(ValueError, match=message), htc_vlm.apply(llava, "tome", **settings):
         pass
 
 
@@ -119,5 +120,5 @@ def test_flash_attention_in_the_tower_is_refused(new_llava: Any) -> None:
     """It would ignore the sizes."""
     model = new_llava()
     model.model.vision_tower.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="adds a mask.*flash_attention_2"), compressors.apply(model, "tome", n_keep=4):
+    with pytest.raises(ValueError, match="adds a mask.*flash_attention_2"), htc_vlm.apply(model, "tome", n_keep=4):
         pass

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import htc_vlm
 from htc_vlm import compressors
 
 
@@ -28,7 +29,7 @@ def test_dominant_and_contextual_tokens_are_the_released_codes(llava: Any, promp
             joins[like.index(max(like))].append(i)
     contextual = torch.stack([hidden[first] + hidden[rest].mean(dim=0) for first, *rest in joins if rest])
     expected = llava.model.multi_modal_projector(torch.cat((hidden[:1], hidden[dominant], contextual)))
-    with compressors.apply(llava, "visionzip", n_dominant=4, n_contextual=2):
+    with htc_vlm.apply(llava, "visionzip", n_dominant=4, n_contextual=2):
         given = llava.model.get_image_features(pixel_values=pixels).pooler_output[0]
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
 
@@ -37,7 +38,7 @@ def test_the_tower_need_not_be_eager(llavas: Any, prompts: Any) -> None:
     """The released code reads attention maps, which sdpa does not give."""
     given = []
     for model in llavas.values():
-        with compressors.apply(model, "visionzip", n_dominant=4, n_contextual=2):
+        with htc_vlm.apply(model, "visionzip", n_dominant=4, n_contextual=2):
             given.append(torch.stack(model.model.get_image_features(pixel_values=prompts.pixels[1]).pooler_output))
     torch.testing.assert_close(*given, atol=1e-5, rtol=0)
 

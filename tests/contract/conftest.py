@@ -35,7 +35,7 @@ class Case:
 
 
 def own() -> list[dict[str, Any]]:
-    """Methods that can be a model's own compressor, with each example; the others need `compressors.apply`."""
+    """Methods that can be a model's own compressor, with each example; the others need `htc_vlm.apply`."""
     return [
         {"name": name, **example}
         for name in compressors.names()

@@ -73,7 +73,7 @@ def test_the_budgets_of_table_2_hold_the_same_promises(name: str, n_bottleneck: 
 def test_the_fast_path_gives_the_cells_of_the_masked_pass(compressor: dict[str, Any], backend: str) -> None:
     """Cells from a short cut that leaves out something the bottleneck saw in training. Every example, batch of 3."""
     model, images = shared(compressor, backend), pixels(3)
-    fast, general = (model.compress(pixel_values=images, path=path).cells for path in ("fast", "general"))
+    fast, general = (model.compress(pixel_values=images, path=path).kv for path in ("fast", "general"))
     torch.testing.assert_close(fast, general, atol=1e-5, rtol=0)
 
 
@@ -105,9 +105,9 @@ def test_bottleneck_attention_is_what_the_masked_pass_attended(model: HtcVlmForC
     eager = shared(model.config.compressor, "eager")
     n_image, n_bottleneck = len(image_ids(model)), model.model.compressor.n_bottleneck
     inputs = batch([[*image_ids(model), 5, 6]])
-    before = model.compress(pixel_values=pixels(1)).cells
+    before = model.compress(pixel_values=pixels(1)).kv
     shown = model.bottleneck_attention(pixel_values=pixels(1))  # (1, layers, H, K, C + K)
-    assert model.compress(pixel_values=pixels(1)).cells.equal(before)
+    assert model.compress(pixel_values=pixels(1)).kv.equal(before)
     maps = eager(**inputs, pixel_values=pixels(1), output_attentions=True).attentions
     expected = torch.stack([layer[0, :, n_image - n_bottleneck : n_image, :n_image] for layer in maps])
     torch.testing.assert_close(shown[0], expected, atol=1e-5, rtol=0)

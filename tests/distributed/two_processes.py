@@ -135,7 +135,7 @@ def tensor_parallel(rank: int, checkpoint: Path, output: Path) -> dict[str, Any]
         "logits": float((whole(model(**batch).logits) - reference(**batch).logits).abs().max()),
     }
     calls = {
-        "compress": lambda m: m.compress(pixel_values=batch["pixel_values"]).cells,
+        "compress": lambda m: m.compress(pixel_values=batch["pixel_values"]).kv,
         "generate": lambda m: m.generate(**text, pixel_values=batch["pixel_values"], max_new_tokens=4, do_sample=False),
     }
     for name, call in calls.items():

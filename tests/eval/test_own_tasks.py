@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from htc_vlm.eval.own import score_by_kind
 from htc_vlm.eval.run import run_task
 from htc_vlm.eval.task import Item, find_tasks, make_task
+from htc_vlm.eval.tiny_tasks import score_by_kind
 
 from .conftest import FakeAnswerer
 

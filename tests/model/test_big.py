@@ -1,4 +1,4 @@
-"""configs/llava-1.5-7b.yaml at the paper's size, on the meta device: shapes, no numbers."""
+"""src/htc_vlm/train/presets/llava-1.5-7b.yaml at the paper's size, on the meta device: shapes, no numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from htc_vlm.model import HtcVlmForConditionalGeneration
-from htc_vlm.model.convert import meta_model
+from htc_vlm.model.add_compressor import meta_model
 
-PRESET = Path(__file__).parents[2] / "configs" / "llava-1.5-7b.yaml"
+PRESET = Path(__file__).parents[2] / "src/htc_vlm/train/presets" / "llava-1.5-7b.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def kv() -> CompressedImages:
 
 def test_cells_are_one_tensor_of_the_promised_shape(kv: CompressedImages) -> None:
     """(N images, layers, 2, kv heads, K, head dim): 3 layers, 2 kv heads of 32 / 4 = 8."""
-    assert kv.cells.shape == (3, 3, 2, 2, 3, 8)
+    assert kv.kv.shape == (3, 3, 2, 2, 3, 8)
     assert len(kv) == 3 and kv.n_bottleneck == 3 and kv.n_visual == 16
 
 
@@ -34,9 +34,9 @@ def test_nbytes_counts_what_is_stored(kv: CompressedImages) -> None:
 
 def test_an_index_gives_compressed_images_again(kv: CompressedImages) -> None:
     """An index that drops a dimension makes kv[0] useless for everything else."""
-    assert kv[1].cells.equal(kv.cells[1:2]) and kv[-1].cells.equal(kv.cells[2:])
-    assert kv[:2].cells.equal(kv.cells[:2]) and kv[[2, 0]].cells.equal(kv.cells[[2, 0]])
-    assert [one.cells.shape[0] for one in kv] == [1, 1, 1]
+    assert kv[1].kv.equal(kv.kv[1:2]) and kv[-1].kv.equal(kv.kv[2:])
+    assert kv[:2].kv.equal(kv.kv[:2]) and kv[[2, 0]].kv.equal(kv.kv[[2, 0]])
+    assert [one.kv.shape[0] for one in kv] == [1, 1, 1]
     assert kv[0].fingerprint == kv.fingerprint
     with pytest.raises(IndexError, match="image 3 of 3"):
         kv[3]
@@ -46,12 +46,12 @@ def test_each_image_is_compressed_as_if_alone(kv: CompressedImages) -> None:
     """A stored image must not depend on the batch it was compressed in."""
     for i in range(3):
         alone = shared(VOCO).compress(pixel_values=pixels(3)[i : i + 1])
-        torch.testing.assert_close(alone.cells, kv[i].cells, atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.kv, kv[i].kv, atol=1e-5, rtol=0)
 
 
 def test_concat_puts_images_of_one_model_together(kv: CompressedImages) -> None:
-    assert CompressedImages.concat([kv[2], kv[:2]]).cells.equal(kv.cells[[2, 0, 1]])
-    other = CompressedImages(kv.cells, "0123456789abcdef", kv.n_visual)
+    assert CompressedImages.concat([kv[2], kv[:2]]).kv.equal(kv.kv[[2, 0, 1]])
+    other = CompressedImages(kv.kv, "0123456789abcdef", kv.n_visual)
     with pytest.raises(ValueError, match="images of different models.*0123456789abcdef"):
         CompressedImages.concat([kv, other])
     with pytest.raises(ValueError, match="nothing to concatenate"):
@@ -59,11 +59,11 @@ def test_concat_puts_images_of_one_model_together(kv: CompressedImages) -> None:
 
 
 def test_a_saved_file_is_read_as_it_was(kv: CompressedImages, tmp_path: Path) -> None:
-    for cells in (kv, kv.to(torch.bfloat16), kv[1]):
-        cells.save(tmp_path / "x.safetensors")
+    for one in (kv, kv.to(torch.bfloat16), kv[1]):
+        one.save(tmp_path / "x.safetensors")
         again = CompressedImages.load(tmp_path / "x.safetensors")
-        assert again.cells.equal(cells.cells) and again.cells.dtype == cells.cells.dtype
-        assert (again.fingerprint, again.n_visual) == (cells.fingerprint, cells.n_visual)
+        assert again.kv.equal(one.kv) and again.kv.dtype == one.kv.dtype
+        assert (again.fingerprint, again.n_visual) == (one.fingerprint, one.n_visual)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -89,7 +89,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     """A model's weights are safetensors too."""
-    save_file({"cells": torch.zeros(1, 1, 2, 1, 1, 2)}, tmp_path / "weights.safetensors")
+    save_file({"kv": torch.zeros(1, 1, 2, 1, 1, 2)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="weights.safetensors: not a file of compressed images"):
         CompressedImages.load(tmp_path / "weights.safetensors")
 
@@ -103,23 +103,23 @@ def test_a_damaged_file_is_refused(kv: CompressedImages, tmp_path: Path) -> None
         path.write_bytes(content)
         with pytest.raises(ValueError, match="x.safetensors: damaged"):
             CompressedImages.load(path)
-    broken = CompressedImages(kv.cells.clone().fill_(float("nan")), kv.fingerprint, kv.n_visual)
+    broken = CompressedImages(kv.kv.clone().fill_(float("nan")), kv.fingerprint, kv.n_visual)
     broken.save(path)
     with pytest.raises(ValueError, match="not finite"):
         CompressedImages.load(path)
 
 
 def test_cells_of_a_wrong_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="cells must be"):
+    with pytest.raises(ValueError, match="kv must be"):
         CompressedImages(torch.zeros(3, 3), "f", 16)
 
 
 def test_one_cache_answers_twice(kv: CompressedImages) -> None:
     """A cache object used twice grows, and the second answer continues the first."""
     model, question = shared(VOCO), batch([[5, 6]])
-    before = kv.cells.clone()
+    before = kv.kv.clone()
     answers = [model.generate(**question, compressed=kv[0], max_new_tokens=4, do_sample=False) for _ in range(2)]
-    assert answers[0].equal(answers[1]) and kv.cells.equal(before)
+    assert answers[0].equal(answers[1]) and kv.kv.equal(before)
 
 
 @torch.no_grad()
@@ -177,10 +177,10 @@ def test_caches_that_cannot_be_are_refused(kv: CompressedImages) -> None:
 
 def test_questions_about_one_image_share_its_cells(kv: CompressedImages) -> None:
     """A copy per question; and a first pass that writes into what is shared."""
-    model, before = shared(VOCO), kv.cells.clone()
+    model, before = shared(VOCO), kv.kv.clone()
     inputs = model._inputs_over_cells(**batch(QUESTIONS), compressed=kv[1])
     layer = inputs["past_key_values"].layers[2]
     assert layer.values.shape == (3, 2, 3, 8)
     assert layer.keys.stride(0) == layer.values.stride(0) == 0
     model.generate(**batch(QUESTIONS), compressed=kv[1], max_new_tokens=3, do_sample=False)
-    assert kv.cells.equal(before)
+    assert kv.kv.equal(before)

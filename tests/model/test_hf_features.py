@@ -20,7 +20,7 @@ from transformers import (
 
 import htc_vlm
 from htc_vlm.model import HtcVlmForConditionalGeneration, HtcVlmProcessor
-from htc_vlm.model.convert import with_compressor
+from htc_vlm.model.add_compressor import with_compressor
 
 from .. import tinies
 from ..tinies import TINY_CODE, batch, image_ids, pictures, pixels, rows

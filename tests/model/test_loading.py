@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from htc_vlm import load
 from htc_vlm.model import loading
 from htc_vlm.model.answering import Answerer
-from htc_vlm.model.loading import uncompressed_twin
+from htc_vlm.model.loading import without_compression
 from htc_vlm.model.processing import HtcVlmProcessor
 
 from .. import tiny_runs as tiny
@@ -133,7 +133,7 @@ def test_the_lower_bound_is_the_same_weights_through_the_mask() -> None:
 def test_the_twin_shares_the_weights_and_answers_as_none() -> None:
     """A copy would double the memory of a 7B model just to time it."""
     model, processor = tiny.loaded(tiny.VOCO)
-    twin = uncompressed_twin(model)
+    twin = without_compression(model)
     mine = {name: value.data_ptr() for name, value in model.named_parameters()}
     assert all(value.data_ptr() == mine[name] for name, value in twin.named_parameters())
     assert (twin.model.compressor.name, model.model.compressor.name) == ("none", "voco")
@@ -147,7 +147,7 @@ def test_the_twin_shares_the_weights_and_answers_as_none() -> None:
 
 def test_the_twin_of_a_model_with_anchors_leaves_them_out() -> None:
     """The uncompressed path is P patches; anchors are part of the compression."""
-    twin = uncompressed_twin(tiny.loaded(tiny.HTC)[0])
+    twin = without_compression(tiny.loaded(tiny.HTC)[0])
     assert not list(twin.model.compressor.parameters())
     answerer = Answerer(twin, HtcVlmProcessor.for_config(twin.config, *_parts()))
     assert answerer.encode([tiny.noise(0)]).shape[1] == tiny.N_PATCHES  # type: ignore[union-attr]

@@ -71,7 +71,7 @@ def test_half_precision_works(compressor: dict[str, Any]) -> None:
     out = model.generate(**inputs, pixel_values=pixels(3), max_new_tokens=3, do_sample=False)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 3
     if model.model.compressor.n_bottleneck:
-        assert model.compress(pixel_values=pixels(3)).cells.dtype == torch.bfloat16
+        assert model.compress(pixel_values=pixels(3)).kv.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------ packed questions

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from htc_vlm.model.convert_mgvq import mgvq_state_dict, ours
+from htc_vlm.convert.mgvq import mgvq_state_dict, ours
 from htc_vlm.quantizers.mgvq import MGVQ, PRESETS, code_statistics, signed_pixels
-from htc_vlm.train import tokenizer as training
-from htc_vlm.train.tokenizer import TokenizerTraining, stack_pictures, train_tokenizer
+from htc_vlm.train import train_quantizer as training
+from htc_vlm.train.train_quantizer import TokenizerTraining, stack_pictures, train_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mgvq_f16_g4.safetensors"
 SMALL = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from htc_vlm.data import pictograms
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import ConversationError, Turn, encode_questions
+from htc_vlm.tiny import pictograms
 from htc_vlm.train import presets, setup
 
 from .. import tiny_runs as tiny

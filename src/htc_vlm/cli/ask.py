@@ -134,20 +134,20 @@ def answer(options: argparse.Namespace, questions: list[str], pictures: list[Any
             row["cost"] = measure(answerer, pictures[i], (questions or ["what is this ?"])[0], options.max_new_tokens)
         rows.append(row)
     if options.heatmap is not None:
-        from htc_vlm.analysis import heatmap
+        from htc_vlm.viz import attention_map
 
-        heatmap.draw(model, processor, pictures, [Path(name).name for name in names], options.heatmap)
+        attention_map.draw(model, processor, pictures, [Path(name).name for name in names], options.heatmap)
     return {"model": str(options.model), "pictures": rows}
 
 
 def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, repeats: int = 5) -> dict[str, Any]:
     """Tokens, bytes and milliseconds (medians) of one picture and one question, from the cache and without compression."""
     from htc_vlm.model.answering import Answerer
-    from htc_vlm.model.loading import uncompressed_twin
+    from htc_vlm.model.loading import without_compression
     from htc_vlm.model.processing import HtcVlmProcessor
 
     model = answerer.model
-    twin = uncompressed_twin(model)
+    twin = without_compression(model)
     saved = answerer.processor
     plain = HtcVlmProcessor.for_config(twin.config, saved.image_processor, saved.tokenizer, chat_template=saved.chat_template)
     return {

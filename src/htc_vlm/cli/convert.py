@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     import torch
 
     from htc_vlm.data.prompts import VICUNA_V1
-    from htc_vlm.model.convert import with_compressor
+    from htc_vlm.model.add_compressor import with_compressor
 
     dtype = args.dtype if args.dtype == "auto" else vars(torch).get(args.dtype)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):

@@ -20,8 +20,8 @@ from types import ModuleType
 from PIL import Image
 
 from htc_vlm.data.prompts import IMAGE
-from htc_vlm.data.questions import Question
 from htc_vlm.eval.task import HasBaselines, Item, make_task
+from htc_vlm.tiny.questions import Question
 
 MODULES = {"pictograms": "pictograms", "easy-vqa": "easy_vqa", "fashion-mnist": "fashion_mnist"}
 SPLITS = {"pictograms": ("train", "val", "test", "test-unseen")}
@@ -165,7 +165,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--limit is a number of images, 1 or more; got {args.limit}")
     if args.data is not None:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
-    dataset = import_module(f"htc_vlm.data.{MODULES[args.name]}")
+    dataset = import_module(f"htc_vlm.tiny.{MODULES[args.name]}")
     splits = SPLITS.get(args.name, USUAL_SPLITS)
     asked: dict[str, list[Question]] = {split: dataset.questions(split) for split in splits}
     if args.name in OFFICIAL:

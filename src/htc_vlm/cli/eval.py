@@ -100,14 +100,14 @@ def run(argv: list[str]) -> int:
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
 
-    from htc_vlm import compressors, load
+    from htc_vlm import apply, load
     from htc_vlm.model.answering import Answerer
 
     model, processor = load(args.model, compressor=parse_compressor(args.compressor))
     method = _method(args, model)
     config = {"model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()}
     model.to(args.device).eval()
-    with nullcontext() if method is None else compressors.apply(model, **method) as applied:
+    with nullcontext() if method is None else apply(model, **method) as applied:
         answerer = Answerer(model, processor, keep_pixels=applied is not None and applied.method.acts_in_tower)
         for task in tasks:
             result = run_task(

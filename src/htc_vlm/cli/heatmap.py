@@ -35,14 +35,14 @@ def run(argv: list[str]) -> int:
     if bool(options.pictures) == (options.samples is not None):
         raise ValueError("give picture files or --samples N, not both and not neither")
     from htc_vlm import load
-    from htc_vlm.analysis import heatmap
+    from htc_vlm.viz import attention_map
 
     pictures, names = _pictures(options)
-    looks = [heatmap.look(label, *load(model), pictures) for label, model in zip(labels, models, strict=True)]
+    looks = [attention_map.look(label, *load(model), pictures) for label, model in zip(labels, models, strict=True)]
     if options.how == "pictures":
-        heatmap.draw_pictures(looks, pictures, names, options.output)
+        attention_map.draw_pictures(looks, pictures, names, options.output)
     else:
-        heatmap.draw_rows(looks, names, options.output)
+        attention_map.draw_rows(looks, names, options.output)
     if options.numbers is not None:
         _write_numbers(options.numbers, models, looks, names)
     print(options.output)
@@ -51,8 +51,8 @@ def run(argv: list[str]) -> int:
 
 def _pictures(options: argparse.Namespace) -> tuple[list[Any], list[str]]:
     """The pictures and what to call them."""
-    from htc_vlm.data import pictograms
     from htc_vlm.data.images import load_for_model
+    from htc_vlm.tiny import pictograms
 
     if options.samples is None:
         return [load_for_model(path) for path in options.pictures], [path.name for path in options.pictures]
@@ -64,9 +64,9 @@ def _pictures(options: argparse.Namespace) -> tuple[list[Any], list[str]]:
 
 def _write_numbers(file: Path, models: list[str], looks: list[Any], names: list[str]) -> None:
     """Mean shares per layer, and what the tokens would get if attention were spread evenly."""
-    from htc_vlm.analysis.heatmap import shares
-    from htc_vlm.eval.provenance import provenance
     from htc_vlm.eval.run import write_json
+    from htc_vlm.eval.run_info import provenance
+    from htc_vlm.viz.attention_map import shares
 
     rows = []
     for model, one in zip(models, looks, strict=True):

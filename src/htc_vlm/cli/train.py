@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
 
     preset = presets.read(presets.find(options.preset), options.set)
     if options.stage == "tokenizer":
-        from htc_vlm.train.tokenizer_stage import train_tokenizer_stage
+        from htc_vlm.train.quantizer_stage import train_tokenizer_stage
 
         report = train_tokenizer_stage(preset, options.output, options.data)
     else:

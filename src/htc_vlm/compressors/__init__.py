@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from contextlib import AbstractContextManager
-from typing import Any
 
 from htc_vlm.compressors.base import (
     COMPRESSORS,
     AppliedOnly,
+    AttentionView,
     Compressor,
-    Drop,
     ImageFeatures,
     Keep,
     Merge,
-    Seen,
+    PruneStep,
     Sizes,
     TowerView,
     build,
@@ -33,27 +31,17 @@ def names() -> list[str]:
     return COMPRESSORS.names()
 
 
-def apply(model: Any, name: str, **settings: Any) -> AbstractContextManager[Any]:
-    """`with compressors.apply(model, "fastv", n_keep=98, layer=2): model.generate(...)`, on any LLaVA model.
-
-    See htc_vlm.model.applying.apply. Found when called: this folder lies below htc_vlm.model and does not import it.
-    """
-    applying = importlib.import_module("htc_vlm.model.applying")
-    return applying.apply(model, name, **settings)
-
-
 __all__ = [
     "COMPRESSORS",
     "AppliedOnly",
     "Compressor",
-    "Drop",
+    "PruneStep",
     "ImageFeatures",
     "Keep",
     "Merge",
-    "Seen",
+    "AttentionView",
     "Sizes",
     "TowerView",
-    "apply",
     "build",
     "names",
 ]

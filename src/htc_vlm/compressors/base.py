@@ -8,11 +8,11 @@ A method overrides only what it changes; every default does nothing. The places,
     visible      TokenLayout -> (B, L, L) who may look at whom (the bottleneck)
     drops        patches, layers -> Drop  between which layers visual tokens leave (FastV, PyramidDrop, SparseVLM)
     queries      embeddings -> (B, L)     whose attention decides there
-    after_layer  Seen -> Keep | Merge     which visual tokens go on to the next layer
+    after_layer  AttentionView -> Keep | Merge     which visual tokens go on to the next layer
 
 Source:  docs/design.md (the sockets); each method's file names its paper.
 Differs: a trained model's own forward serves `before_llm`, `fusion_layers` and `visible`. The other places need
-         `compressors.apply(model, name, ...)`, which serves `before_llm` too and works on any LLaVA checkpoint.
+         `htc_vlm.apply(model, name, ...)`, which serves `before_llm` too and works on any LLaVA checkpoint.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
-class Drop:
+class PruneStep:
     """Visual tokens leave at the input of `layer` (counted from 0).
 
     scores: "attention" of layer - 1, or "next": what this layer's own queries and keys would give, before it runs.
@@ -82,7 +82,7 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionView:
     """What a method knows, between two layers, of I images with n_now visual tokens each; R rows are the queries'."""
 
     n_patches: int  # P, with which each image entered the language model
@@ -203,7 +203,7 @@ class Compressor(nn.Module):
         """Must pixels be given, because the tower's output is not enough?"""
         return self.reads_tower or self.merges_in_tower
 
-    def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
+    def drops(self, n_patches: int, n_layers: int) -> tuple[PruneStep, ...]:
         """Where inside the language model visual tokens leave."""
         return ()
 
@@ -211,7 +211,7 @@ class Compressor(nn.Module):
         """(B, L, D) input embeddings of the prompt -> (B, L) bool: whose attention scores the visual tokens."""
         return last_token(layout)
 
-    def after_layer(self, layer: int, seen: Seen) -> Keep | Merge | None:
+    def after_layer(self, layer: int, seen: AttentionView) -> Keep | Merge | None:
         """Which visual tokens enter layer `layer` + 1, asked where `drops` says; None = all."""
         return None
 
@@ -232,14 +232,14 @@ class Compressor(nn.Module):
 
 
 class AppliedOnly(Compressor):
-    """Methods that act where the model class has no socket: `compressors.apply` gives them one, on any LLaVA model."""
+    """Methods that act where the model class has no socket: `htc_vlm.apply` gives them one, on any LLaVA model."""
 
     TRAINED = False
 
     def setup(self, sizes: Sizes) -> None:
         raise ValueError(
             f"{self.name} cannot be a model's own compressor (it has no weights and acts inside the vision tower or "
-            f"the language model); load with compressor none and use `with compressors.apply(model, {self.name!r}):`"
+            f"the language model); load with compressor none and use `with htc_vlm.apply(model, {self.name!r}):`"
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, Drop, Keep, Seen, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.select import keep_top
 
@@ -42,8 +42,8 @@ class FastV(AppliedOnly):
         check_count(self.name, "n_keep", self.settings.n_keep, at_most=n_patches)
         return schedules.fastv(n_patches, n_layers, self.settings.n_keep, self.settings.layer)
 
-    def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
-        return (Drop(self.settings.layer),)
+    def drops(self, n_patches: int, n_layers: int) -> tuple[PruneStep, ...]:
+        return (PruneStep(self.settings.layer),)
 
-    def after_layer(self, layer: int, seen: Seen) -> Keep:
+    def after_layer(self, layer: int, seen: AttentionView) -> Keep:
         return Keep(keep_top(seen.scores, self.settings.n_keep))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, Drop, Keep, Seen, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.select import keep_top
 
@@ -45,9 +45,9 @@ class PyramidDrop(AppliedOnly):
     def schedule(self, n_patches: int, n_layers: int) -> list[int]:
         return schedules.pyramid_drop(n_patches, n_layers, self.settings.stages, self.settings.ratio)
 
-    def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
-        return tuple(Drop(stage, scores="next", renumber=True) for stage in self.settings.stages)
+    def drops(self, n_patches: int, n_layers: int) -> tuple[PruneStep, ...]:
+        return tuple(PruneStep(stage, scores="next", renumber=True) for stage in self.settings.stages)
 
-    def after_layer(self, layer: int, seen: Seen) -> Keep:
+    def after_layer(self, layer: int, seen: AttentionView) -> Keep:
         kept = schedules.pyramid_drop_keep(seen.n_patches, len(self.settings.stages), self.settings.ratio)
         return Keep(keep_top(seen.scores, kept[self.settings.stages.index(layer + 1)]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, Drop, Keep, Merge, Seen, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, Merge, PruneStep, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.cluster import density_noise, dpc_knn_assign
 from htc_vlm.ops.select import gather_tokens, keep_top
@@ -77,9 +77,9 @@ class SparseVlm(AppliedOnly):
     def schedule(self, n_patches: int, n_layers: int) -> list[int]:
         return schedules.sparse_vlm(n_patches, n_layers, self.plan(n_patches, n_layers))
 
-    def drops(self, n_patches: int, n_layers: int) -> tuple[Drop, ...]:
+    def drops(self, n_patches: int, n_layers: int) -> tuple[PruneStep, ...]:
         layers = self.plan(n_patches, n_layers).layers
-        return tuple(Drop(layer + 1, renumber=not self.settings.plus) for layer in layers)
+        return tuple(PruneStep(layer + 1, renumber=not self.settings.plus) for layer in layers)
 
     def check_heads(self, n_heads: int) -> None:
         if self.settings.plus and self.settings.n_heads > n_heads:
@@ -88,7 +88,7 @@ class SparseVlm(AppliedOnly):
     def queries(self, embeds: Tensor, layout: TokenLayout) -> Tensor:
         return raters(embeds, layout)
 
-    def after_layer(self, layer: int, seen: Seen) -> Keep | Merge | None:
+    def after_layer(self, layer: int, seen: AttentionView) -> Keep | Merge | None:
         plan = self._tables(seen.n_patches)
         n_keep = plan.keep[plan.layers.index(layer)]
         if n_keep == seen.states.shape[1]:
@@ -150,7 +150,7 @@ def recycle(scores: Tensor, states: Tensor, n_keep: int, noise_seed: int | None)
     return weights
 
 
-def corrected_scores(seen: Seen, n_heads: int) -> Tensor:
+def corrected_scores(seen: AttentionView, n_heads: int) -> Tensor:
     """SparseVLM+: (I, n_now) scores without the rotary embedding's preference for what is near, of the best heads.
 
     Attention is divided by what rotation leaves of the product of two vectors of ones at that distance; then the

@@ -98,7 +98,7 @@ class Tome(AppliedOnly):
         if self.settings.place == "after_tower":
             return self.merge_features(images)
         if images.merged is None:
-            raise ValueError("tome merges inside the vision tower; use compressors.apply(model, 'tome', ...)")
+            raise ValueError("tome merges inside the vision tower; use htc_vlm.apply(model, 'tome', ...)")
         return images.features, images.merged
 
     def before_llm(self, images: ImageFeatures) -> Tensor:
@@ -113,7 +113,7 @@ class Tome(AppliedOnly):
         features = metric = images.features.float()  # sizes above 256 have no place in bfloat16
         if self.reads_tower:
             if images.tower is None:
-                raise ValueError("tome: the tower's keys are not known; use compressors.apply, or metric='features'")
+                raise ValueError("tome: the tower's keys are not known; use htc_vlm.apply, or metric='features'")
             metric = images.tower.keys.float()
         n_patches, size = features.shape[1], None
         self.n_visual(n_patches)

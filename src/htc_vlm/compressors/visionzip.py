@@ -55,7 +55,7 @@ class VisionZip(AppliedOnly):
     def choose(self, images: ImageFeatures) -> tuple[Tensor, Tensor, ContextualMerge, TowerView]:
         """(B, n_dominant - 1) and (B, the other patches) places, what becomes of the others, and the tower's view."""
         if images.tower is None:
-            raise ValueError("visionzip needs the tower's class token and keys; use compressors.apply")
+            raise ValueError("visionzip needs the tower's class token and keys; use htc_vlm.apply")
         features, view = images.features, images.tower
         n_images, n_patches, _ = features.shape
         self.n_visual(n_patches)

@@ -29,7 +29,7 @@ from htc_vlm.eval.answers import (
     repair_tail,
     require_all,
 )
-from htc_vlm.eval.provenance import provenance
+from htc_vlm.eval.run_info import provenance
 from htc_vlm.eval.task import Exports, HasBaselines, Item, Task, check_split, make_task
 
 

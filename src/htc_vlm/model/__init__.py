@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from htc_vlm.model import efficientnet_lite  # noqa: F401  (registers the tiny vision tower)
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, HtcVlmModel
 from htc_vlm.model.processing import HtcVlmProcessor
+from htc_vlm.tiny import tower  # noqa: F401  (registers the tiny vision tower)
 
 AutoConfig.register("htc_vlm", HtcVlmConfig)
 AutoModel.register(HtcVlmConfig, HtcVlmModel)

@@ -2,7 +2,7 @@
 
 Source:  VoCo-LLaMA section 3.4 (re-use of the cached token), HTC-VLM section 4.2.
 Differs: keys are stored rotated to position 0, so that placing an image is one rotation; a fingerprint of weights and
-         settings ties the cells to the model that made them.
+         settings ties the kv to the model that made them.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ FORMAT = "htc-vlm compressed images 1"
 class CompressedImages:
     """N images as cache entries.
 
-    cells (N, layers, 2, kv heads, K, head_dim): [:, :, 0] keys, rotated as if the first bottleneck token stood at
+    kv (N, layers, 2, kv heads, K, head_dim): [:, :, 0] keys, rotated as if the first bottleneck token stood at
         position 0 (the k-th at k); [:, :, 1] values.
     fingerprint: of the weights and settings of the model that made them.
     n_visual: C, how many visual tokens each image had; sequential numbering leaves that many positions free for it.
     """
 
-    cells: Tensor
+    kv: Tensor
     fingerprint: str
     n_visual: int
 
     def __post_init__(self) -> None:
-        if self.cells.ndim != 6 or self.cells.shape[2] != 2:
+        if self.kv.ndim != 6 or self.kv.shape[2] != 2:
             raise ValueError(
-                f"cells must be (N images, layers, 2, kv heads, K, head_dim), got shape {tuple(self.cells.shape)}"
+                f"kv must be (N images, layers, 2, kv heads, K, head_dim), got shape {tuple(self.kv.shape)}"
             )
 
     def __len__(self) -> int:
-        return self.cells.shape[0]
+        return self.kv.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> CompressedImages:
         """Images by number, slice or list of numbers; always a CompressedImages."""
@@ -51,25 +51,25 @@ class CompressedImages:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"image {index} of {len(self)}")
             index = [index % len(self)]
-        cells = self.cells[index] if isinstance(index, slice) else self.cells[list(index)]
-        return CompressedImages(cells, self.fingerprint, self.n_visual)
+        kv = self.kv[index] if isinstance(index, slice) else self.kv[list(index)]
+        return CompressedImages(kv, self.fingerprint, self.n_visual)
 
     def __iter__(self) -> Iterator[CompressedImages]:
         return (self[i] for i in range(len(self)))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all cells."""
-        return self.cells.numel() * self.cells.element_size()
+        """Bytes of all kv."""
+        return self.kv.numel() * self.kv.element_size()
 
     @property
     def n_bottleneck(self) -> int:
         """K"""
-        return self.cells.shape[4]
+        return self.kv.shape[4]
 
     def to(self, *args: Any, **kwargs: Any) -> CompressedImages:
-        """Like Tensor.to: move or change the dtype of the cells."""
-        return CompressedImages(self.cells.to(*args, **kwargs), self.fingerprint, self.n_visual)
+        """Like Tensor.to: move or change the dtype of the kv."""
+        return CompressedImages(self.kv.to(*args, **kwargs), self.fingerprint, self.n_visual)
 
     @classmethod
     def concat(cls, parts: Sequence[CompressedImages]) -> CompressedImages:
@@ -83,14 +83,14 @@ class CompressedImages:
                     f"images of different models cannot be put together: {first.fingerprint} and {part.fingerprint}; "
                     "compress all of them with one model"
                 )
-        return cls(torch.cat([part.cells for part in parts]), first.fingerprint, first.n_visual)
+        return cls(torch.cat([part.kv for part in parts]), first.fingerprint, first.n_visual)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; an existing file is replaced only when the new one is complete."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         meta = {"format": FORMAT, "about": json.dumps({"fingerprint": self.fingerprint, "n_visual": self.n_visual})}
-        save_file({"cells": self.cells.contiguous()}, partial, metadata=meta)
+        save_file({"kv": self.kv.contiguous()}, partial, metadata=meta)
         os.replace(partial, path)
 
     @classmethod
@@ -107,14 +107,14 @@ class CompressedImages:
                         f"expected {FORMAT!r}); make one with `htc-vlm compress` or CompressedImages.save"
                     )
                 about = json.loads(meta["about"])
-                cells = file.get_tensor("cells")
+                kv = file.get_tensor("kv")
         except (SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{path}: damaged file of compressed images ({error}); compress the pictures again"
             ) from error
-        if not torch.isfinite(cells).all():
+        if not torch.isfinite(kv).all():
             raise ValueError(f"{path}: damaged file of compressed images (values that are not finite); compress again")
-        return cls(cells, str(about["fingerprint"]), int(about["n_visual"]))
+        return cls(kv, str(about["fingerprint"]), int(about["n_visual"]))
 
     def check_made_by(self, fingerprint: str) -> None:
         """ValueError unless `fingerprint` is that of the model that made these images."""

@@ -49,17 +49,7 @@ class HtcVlmConfig(LlavaConfig):
             if not 0 <= self.bottleneck_token_id < self.text_config.vocab_size:
                 raise ValueError(
                     f"bottleneck_token_id is {self.bottleneck_token_id}, the vocabulary has "
-                    f"{self.text_config.vocab_size} entries; use a free one (htc_vlm.model.convert adds it)"
+                    f"{self.text_config.vocab_size} entries; use a free one (htc_vlm.model.add_compressor adds it)"
                 )
         self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
         self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std
-
-
-NO_CLASS_TOKEN = ("efficientnet_lite", "siglip_vision_model")  # towers whose features are patches and nothing else
-
-
-def n_patches(config: LlavaConfig) -> int:
-    """P, visual tokens of one image that the projector gets: the patch grid, and a class token where one is kept."""
-    vision = config.vision_config
-    keeps_class_token = config.vision_feature_select_strategy == "full" and vision.model_type not in NO_CLASS_TOKEN
-    return int((vision.image_size // vision.patch_size) ** 2) + int(keeps_class_token)

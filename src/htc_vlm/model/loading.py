@@ -57,7 +57,7 @@ def _load(
     if compressor is not None:
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)} cannot be combined with compressor=...; load without, then convert")
-        from htc_vlm.model.convert import with_compressor
+        from htc_vlm.model.add_compressor import with_compressor
 
         model, processor = with_compressor(folder, compressor, dtype=dtype)
         return model.eval(), processor
@@ -104,7 +104,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
-def uncompressed_twin(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
+def without_compression(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
     """The same weights (shared, not copied) without compression: what the images would cost without it."""
     options = {**model.config.to_dict(), "compressor": {"name": "none"}}
     config = HtcVlmConfig.from_dict(options)

@@ -1,7 +1,7 @@
 """HTC-VLM as a Hugging Face model: LLaVA plus a compressor.
 
 Source:  transformers' LlavaForConditionalGeneration; HTC-VLM Algorithm 1; VoCo-LLaMA section 3.
-Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the cells), which a
+Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the kv), which a
          contract test proves equal. With `compressor: none` nothing differs from LLaVA.
 """
 
@@ -19,13 +19,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from htc_vlm import compressors
+from htc_vlm.applied import hf_compat
+from htc_vlm.applied.hf_compat import n_patches
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
-from htc_vlm.model import fast_compress, sockets
+from htc_vlm.model import fast_prefill
 from htc_vlm.model.compressed import CompressedImages
-from htc_vlm.model.configuration import HtcVlmConfig, n_patches
-from htc_vlm.model.fingerprint import fingerprint
-from htc_vlm.model.fusing import ImagesToFuse, fuse
-from htc_vlm.model.placing import Placed, place
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.image_slots import Placed, place
+from htc_vlm.model.prefusion import ImagesToFuse, fuse
+from htc_vlm.model.recipe import fingerprint
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
 
@@ -162,12 +164,12 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         patch_features: Tensor | None = None,
         image_codes: Tensor | None = None,
         question_ids: Tensor | None = None,
-        cell_positions: Tensor | None = None,
+        kv_positions: Tensor | None = None,
         is_answer: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | LlavaModelOutputWithPast:
         """As LLaVA's; besides: patch_features, image_codes (see get_image_features); question_ids (B, L) for packed
-        questions; cell_positions (B, n) where the cache begins with n cells that stand amid the text; is_answer (B, L)
+        questions; kv_positions (B, n) where the cache begins with n kv that stand amid the text; is_answer (B, L)
         bool, the tokens that no pre-fusion reads (as in generate, which makes them later)."""
         if patch_features is not None:
             if pixel_values is not None or mm_encoder_outputs:
@@ -185,13 +187,13 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             fused = self._fused(input_ids, given, attention_mask, past_key_values, question_ids, is_answer)
             if fused is not None:
                 ids, inputs_embeds, mm_encoder_outputs = None, fused, None
-        has_past = past_key_values is not None and sockets.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
-        if has_past and cell_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
+        has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
+        if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             if position_ids is None:
-                raise ValueError("images amid the text need position_ids beside cell_positions; use compressed=...")
-            attention_mask = sockets.mask_over_cells(
-                self.language_model.config, like, attention_mask, past_key_values, position_ids, cell_positions
+                raise ValueError("images amid the text need position_ids beside kv_positions; use compressed=...")
+            attention_mask = hf_compat.mask_over_kv(
+                self.language_model.config, like, attention_mask, past_key_values, position_ids, kv_positions
             )
         elif not has_past and (self.compressor.n_bottleneck or question_ids is not None):
             attention_mask, position_ids = self._masked_pass(
@@ -277,7 +279,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         like = torch.empty((*input_ids.shape, 0), dtype=self.dtype, device=input_ids.device)
         if position_ids is None:
             position_ids = rope.position_ids(layout, self.compressor.positions)
-        return sockets.ready_mask(self.language_model.config, like, attention_mask, visible), position_ids
+        return hf_compat.ready_mask(self.language_model.config, like, attention_mask, visible), position_ids
 
     def layout(
         self, input_ids: Tensor, attention_mask: Tensor | None, question_ids: Tensor | None = None
@@ -301,14 +303,14 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     # ---------------------------------------------------------------- compress
     @torch.no_grad()
     def compress_visual(self, visual: Tensor, path: str = "auto") -> Tensor:
-        """(N, C, D) visual tokens -> their cells (N, layers, 2, kv heads, K, head_dim): the language model's part of
-        `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_compress.py where it applies,
+        """(N, C, D) visual tokens -> their kv (N, layers, 2, kv heads, K, head_dim): the language model's part of
+        `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_prefill.py where it applies,
         "fast" refuses (ValueError) where it does not."""
         n_bottleneck = self.compressor.n_bottleneck
-        if fast_compress.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
-            return fast_compress.compress(self.language_model, visual, self._bottleneck_embeds(visual))
+        if fast_prefill.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
+            return fast_prefill.compress(self.language_model, visual, self._bottleneck_embeds(visual))
         out, _ = self.compress_pass(visual)
-        return sockets.cells_from_cache(out.past_key_values, n_bottleneck)
+        return hf_compat.kv_from_cache(out.past_key_values, n_bottleneck)
 
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
@@ -321,7 +323,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         visible = self.compressor.visible(layout)
         if visible is None:
             raise ValueError(f"compressor {self.compressor.name!r} has bottleneck tokens but no mask around them")
-        mask = sockets.ready_mask(self.language_model.config, embeds, None, visible)
+        mask = hf_compat.ready_mask(self.language_model.config, embeds, None, visible)
         out = self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -339,7 +341,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     def _bottleneck_id(self) -> int:
         if self.config.bottleneck_token_id is None:
             raise ValueError(
-                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.convert adds it"
+                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.add_compressor adds it"
             )
         return int(self.config.bottleneck_token_id)
 
@@ -380,7 +382,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         patch_features: Tensor | None = None,
         image_codes: Tensor | None = None,
         question_ids: Tensor | None = None,
-        cell_positions: Tensor | None = None,
+        kv_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | LlavaCausalLMOutputWithPast:
         """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded,
@@ -419,7 +421,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
             patch_features=patch_features,
             image_codes=image_codes,
             question_ids=question_ids,
-            cell_positions=cell_positions,
+            kv_positions=kv_positions,
             **kwargs,
         )
 
@@ -432,15 +434,15 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         image_codes: Tensor | None = None,
         path: str = "auto",
     ) -> CompressedImages:
-        """(N, 3, height, width) -> N images as cells, one cache entry (K for K bottleneck tokens) per layer each.
+        """(N, 3, height, width) -> N images as kv, one cache entry (K for K bottleneck tokens) per layer each.
 
         path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`.
         ValueError for methods without a bottleneck: they have nothing smaller to keep.
         """
         self._need_bottleneck()
         visual = self.visual_tokens(pixel_values, patch_features, image_codes)
-        cells = self.model.compress_visual(visual, path=path)
-        return CompressedImages(cells=cells, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
+        kv = self.model.compress_visual(visual, path=path)
+        return CompressedImages(kv=kv, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
 
     @torch.no_grad()
     def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
@@ -448,7 +450,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         self._need_bottleneck()
         visual = self.visual_tokens(pixel_values, **features)
         out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
-        return sockets.attention_of_last_rows(
+        return hf_compat.attention_of_last_rows(
             self.model.language_model,
             out.hidden_states,
             out.past_key_values,
@@ -471,7 +473,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
     def _need_bottleneck(self) -> None:
         if not self.model.compressor.n_bottleneck:
             raise ValueError(
-                f"compressor {self.model.compressor.name!r} has no bottleneck, so there are no cells to keep; "
+                f"compressor {self.model.compressor.name!r} has no bottleneck, so there are no kv to keep; "
                 "use voco or htc, or call generate with pixel_values"
             )
 
@@ -483,7 +485,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
     def generate(
         self, inputs: Tensor | None = None, *args: Any, compressed: CompressedImages | None = None, **kwargs: Any
     ) -> Any:
-        """As transformers' generate. With a bottleneck method images are compressed first, then answered from cells.
+        """As transformers' generate. With a bottleneck method images are compressed first, then answered from kv.
 
         compressed: images compressed before, instead of pixel_values; `placing.place` says how prompts refer to them.
         cache_implementation: "dynamic" (default) grows with each token; "static" reserves max_new_tokens (or
@@ -551,7 +553,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         compressed: CompressedImages,
         reserve: Reserve | None = None,
     ) -> dict[str, Any]:
-        """Prompts and compressed images -> what a forward pass or generate needs to run the text over the cells."""
+        """Prompts and compressed images -> what a forward pass or generate needs to run the text over the kv."""
         self._need_bottleneck()
         compressed.check_made_by(self.fingerprint())
         compressor = self.model.compressor
@@ -569,12 +571,12 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
         config = self.model.language_model.config
         if reserve is None:
-            cache: Cache = sockets.cache_from_cells(keys, values, batch, config)
+            cache: Cache = hf_compat.cache_from_kv(keys, values, batch, config)
         elif placed.interleaved:
             raise ValueError("images amid the text need cache_implementation='dynamic', or put the images first")
         else:
             n_entries = max(n_cells + placed.text_ids.shape[1] + reserve.n_new, reserve.n_least)
-            cache = sockets.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)
+            cache = hf_compat.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)
         out = {
             "input_ids": torch.cat(
                 (placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1
@@ -585,7 +587,7 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         }
         if placed.interleaved:
             steps = torch.arange(compressor.n_bottleneck, device=keys.device)
-            out["cell_positions"] = (placed.slot_position[:, :, None] + steps).flatten(1)
+            out["kv_positions"] = (placed.slot_position[:, :, None] + steps).flatten(1)
         return out
 
     def _gather_cells(self, placed: Placed, compressed: CompressedImages) -> tuple[Tensor, Tensor]:
@@ -595,18 +597,18 @@ class HtcVlmForConditionalGeneration(HtcVlmPreTrainedModel, LlavaForConditionalG
         if placed.alike:
             image, position = image[:1], position[:1]
         embedding = self.get_input_embeddings().weight
-        cells = compressed.cells.to(embedding.device, embedding.dtype)
-        chosen = cells if placed.alike else cells[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
+        kv = compressed.kv.to(embedding.device, embedding.dtype)
+        chosen = kv if placed.alike else kv[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
         inv_freq = self.model.language_model.rotary_emb.inv_freq
-        keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(cells.device), position.flatten())
+        keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(kv.device), position.flatten())
         return _join_slots(keys, image.shape[1]), _join_slots(chosen[:, :, 1], image.shape[1])
 
 
-def _join_slots(cells: Tensor, n_slots: int) -> Tensor:
+def _join_slots(kv: Tensor, n_slots: int) -> Tensor:
     """(B * slots, layers, kv heads, K, head_dim) -> (B, layers, kv heads, slots * K, head_dim); one slot: no copy."""
     if n_slots == 1:
-        return cells
-    return cells.unflatten(0, (-1, n_slots)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+        return kv
+    return kv.unflatten(0, (-1, n_slots)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
 
 def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
@@ -618,7 +620,7 @@ def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
 
 
 def _with_prompt(out: Any, prompt: Tensor, n_placed: int) -> Any:
-    """Sequences that start with the caller's prompt instead of the one that ran over the cells."""
+    """Sequences that start with the caller's prompt instead of the one that ran over the kv."""
     sequences = out if isinstance(out, Tensor) else out.sequences
     repeated = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
     joined = torch.cat((repeated, sequences[:, n_placed:]), dim=1)

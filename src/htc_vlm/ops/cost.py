@@ -144,7 +144,7 @@ def _check_schedule(shape: DecoderShape, schedule: Sequence[int]) -> None:
 
 
 def fast_compress_flops(shape: DecoderShape, n_visual: int, n_bottleneck: int = 1) -> int:
-    """FLOPs of compressing one image where visual tokens attend only to themselves (model/fast_compress.py).
+    """FLOPs of compressing one image where visual tokens attend only to themselves (model/fast_prefill.py).
 
     Visual rows have no query and no scores, are keys and values alone in the layer before the last, and are not in the
     last. Beside the dense masked pass of HTC-VLM at 7B, [580 visual; 1 bottleneck], in TFLOPs:

@@ -3,7 +3,7 @@
 Source: "MGVQ: Could VQ-VAE Beat VAE?", arXiv 2507.07997; official code github.com/MKJia/MGVQ (efficientvit/models/
 tokenizer/mgvq.py); HTC-VLM section 4.1.2 (8 groups, 16384 codes, 16x downsampling: q has 21 * 21 * 32 = 14112 values).
 Encoder and decoder are the DC-AE ones of `diffusers`, the grouped quantizer is `vector-quantize-pytorch` with one
-codebook per head; `htc_vlm.model.convert.mgvq_state_dict` renames official weights.
+codebook per head; `htc_vlm.model.add_compressor.mgvq_state_dict` renames official weights.
 Differs: the official codebook learns by gradient and is resampled by use; ours follows the library (moving averages,
 since its cosine codebooks do not take gradients; rarely used codes are replaced by latents of the batch). The nested
 masking of groups in the official first stage is left out. Encoding never changes the codebook, in train mode either.

@@ -23,12 +23,12 @@ from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
+from htc_vlm.tiny.align_patches import align_words
+from htc_vlm.tiny.features import FeatureCache, fill, meta_for
+from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
 from htc_vlm.train import presets
-from htc_vlm.train.features import FeatureCache, fill, meta_for
 from htc_vlm.train.loop import last_whole_checkpoint, run
-from htc_vlm.train.packed import PackedQuestions, Source, codes_of
 from htc_vlm.train.stages import STAGES, Stage
-from htc_vlm.train.words import align_words
 
 STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1}
 CODE_PICTURE_SIZE = 160
@@ -96,7 +96,7 @@ def _stage(preset: dict[str, Any], name: str) -> Stage:
 def _starting_model(
     preset: dict[str, Any], stage: Stage, block: dict[str, Any], start: str | None, mgvq: str | None, seed: int
 ) -> tuple[Any, Any]:
-    from htc_vlm.model.convert import with_compressor
+    from htc_vlm.model.add_compressor import with_compressor
     from htc_vlm.model.loading import find
 
     if start is None:

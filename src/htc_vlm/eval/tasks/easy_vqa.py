@@ -1,6 +1,6 @@
 """easy-VQA: questions about one coloured shape on a plain ground; yes-no and open questions apart.
 
-Source:  vzhou842/easy-VQA, the pictures and questions of its package (htc_vlm.data.easy_vqa).
+Source:  vzhou842/easy-VQA, the pictures and questions of its package (htc_vlm.tiny.easy_vqa).
 Differs: answers are single words, compared after lower case. Read "open" first: the question's text alone answers
          82.5 % of the official test's yes-no questions (see the baselines), but 22.6 % of the open ones.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, training_questions
 from htc_vlm.eval.task import TASKS, Item
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, score_by_kind, training_questions
 
 
 @TASKS.register("easy-vqa")
@@ -24,7 +24,7 @@ class EasyVqa:
     max_new_tokens: ClassVar[int] = 4
 
     def load(self, root: Path, split: str) -> list[Item]:
-        """`root` is not used: htc_vlm.data.easy_vqa finds the package, or HTC_VLM_DATA (which --data sets)."""
+        """`root` is not used: htc_vlm.tiny.easy_vqa finds the package, or HTC_VLM_DATA (which --data sets)."""
         return own_items("easy_vqa", split)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Fashion-MNIST as questions: what piece of clothing a small grey picture shows.
 
-Source:  Xiao et al. 2017, the pictures as htc_vlm.data.fashion_mnist ships them.
+Source:  Xiao et al. 2017, the pictures as htc_vlm.tiny.fashion_mnist ships them.
 Differs: ours to ask: a plain lower-case question, one word as answer; exact match by kind.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, training_questions
 from htc_vlm.eval.task import TASKS, Item
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, score_by_kind, training_questions
 
 
 @TASKS.register("fashion-mnist")
@@ -23,7 +23,7 @@ class FashionMnist:
     max_new_tokens: ClassVar[int] = 4
 
     def load(self, root: Path, split: str) -> list[Item]:
-        """`root` is not used: htc_vlm.data.fashion_mnist finds the files, or HTC_VLM_DATA (which --data sets)."""
+        """`root` is not used: htc_vlm.tiny.fashion_mnist finds the files, or HTC_VLM_DATA (which --data sets)."""
         return own_items("fashion_mnist", split)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Pictograms: scenes of pictograms, by kind of question; styles seen in training (test), unseen vendor (test-unseen).
 
-Source:  ours (htc_vlm.data.pictograms); the bag-of-things ceiling is the lesson of docs/specs/feasibility.md: a model that
+Source:  ours (htc_vlm.tiny.pictograms); the bag-of-things ceiling is the lesson of docs/specs/feasibility.md: a model that
          knows which things are in a scene, but not which is where, scores this much.
 Differs: nothing known.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.data import pictograms
-from htc_vlm.eval.own import blind_baselines, own_items, score_by_kind, weighted
 from htc_vlm.eval.task import TASKS, Item
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, score_by_kind, weighted
+from htc_vlm.tiny import pictograms
 
 N_TRAIN_SCENES = 2000  # what the blind baselines learn from, twelve questions each
 

@@ -1,0 +1,164 @@
+"""Where our masks and caches meet transformers' internals (`apply` meets them in pruning.py and vision_tower.py).
+
+Source:  transformers 5.23: masking_utils.create_causal_mask, LlamaModel, DynamicCache (read and tested).
+Differs: nothing is patched: masks go in ready-made, caches are built from tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlavaConfig, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+HONOURS_MASKS = ("sdpa", "eager", "flex_attention")
+
+
+def ready_mask(
+    config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, visible: Tensor
+) -> Tensor:
+    """(B, L, L) bool, True = may look -> the 4-D form that the model's attention backend obeys.
+
+    A 4-D *bool* mask is obeyed by sdpa and silently all but ignored by eager, so the form is left to transformers.
+    Raises ValueError for backends that ignore masks (flash attention).
+    """
+    backend = config._attn_implementation
+    if backend not in HONOURS_MASKS:
+        raise ValueError(
+            f"this needs an attention mask, which {backend!r} ignores; load with attn_implementation="
+            f"{' or '.join(map(repr, HONOURS_MASKS))} (answering from compressed images works with any backend)"
+        )
+    if attention_mask is None:  # never None: transformers would look for packed sequences in position_ids
+        attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        and_mask_function=lambda b, h, q, kv: visible[b, q, kv],
+    )
+
+
+def mask_over_kv(
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: DynamicCache,
+    position_ids: Tensor,
+    kv_positions: Tensor,
+) -> Tensor:
+    """The mask for text with images in its midst, answered from a cache: a token sees the images before it only.
+
+    kv_positions (B, n_cells): the position of each cached bottleneck token; the kv are the first n_cells columns.
+    """
+    n_cells = kv_positions.shape[1]
+    if attention_mask is None:
+        n_columns = cache.get_seq_length() + inputs_embeds.shape[1]
+        attention_mask = torch.ones((inputs_embeds.shape[0], n_columns), dtype=torch.long, device=inputs_embeds.device)
+    n_columns = attention_mask.shape[1]
+    places = torch.nn.functional.pad(kv_positions, (0, n_columns - n_cells), value=torch.iinfo(torch.long).min)
+    n_past = cache.get_seq_length()
+    seen = places[:, None, :] < position_ids[:, :, None]  # (B, new tokens, columns)
+    if config._attn_implementation not in HONOURS_MASKS:
+        raise ValueError(
+            f"images amid the text need an attention mask, which {config._attn_implementation!r} ignores; put the "
+            f"images first or load with attn_implementation={' or '.join(map(repr, HONOURS_MASKS))}"
+        )
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        and_mask_function=lambda b, h, q, kv: seen[b, q - n_past, kv],
+    )
+
+
+def cache_from_kv(keys: Tensor, values: Tensor, batch: int, config: PreTrainedConfig) -> DynamicCache:
+    """A cache of its own that begins with kv; the kv themselves are not copied, nor written to.
+
+    keys, values (B or 1, layers, kv heads, n, head_dim); with 1, all `batch` rows share them until the first pass, whose
+    growing cache copies them (n entries a row) in front of each row's own text.
+    """
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        key, value = keys[:, i].expand(batch, -1, -1, -1), values[:, i].expand(batch, -1, -1, -1)
+        if type(layer) is DynamicLayer:  # what its `update` does when empty, without concatenating to nothing
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            layer.keys, layer.values = key, value
+        else:
+            layer.update(key, value)
+    return cache
+
+
+def static_cache_from_cells(
+    keys: Tensor, values: Tensor, batch: int, n_copies: int, n_entries: int, config: PreTrainedConfig
+) -> StaticCache:
+    """As `cache_from_kv`, but all `n_entries` of each row are reserved now; the kv are copied into every row.
+
+    n_copies: rows of each prompt (beams, return sequences); the cache has batch * n_copies.
+    """
+    cache = StaticCache(config=config, max_cache_len=n_entries)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not StaticLayer:
+            raise ValueError(
+                f"layer {i} of this decoder keeps a {type(layer).__name__}; use cache_implementation='dynamic'"
+            )
+        key, value = keys[:, i].expand(batch, -1, -1, -1), values[:, i].expand(batch, -1, -1, -1)
+        layer.update(key.repeat_interleave(n_copies, dim=0), value.repeat_interleave(n_copies, dim=0))
+    return cache
+
+
+def has_past(cache: Cache, n_new: int) -> bool:
+    """Does the cache hold anything before these n_new tokens? A static cache counts on the device; asking it in each
+    step of decoding would wait for the device, and one new token always has a past."""
+    length = cache.get_seq_length()
+    return (n_new == 1 or bool(length > 0)) if isinstance(length, Tensor) else length > 0
+
+
+def kv_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
+    """The last n_last entries of every layer -> (B, layers, 2, kv heads, n_last, head_dim)."""
+    layers = [torch.stack((layer.keys[:, :, -n_last:], layer.values[:, :, -n_last:]), dim=1) for layer in cache.layers]
+    return torch.stack(layers, dim=1)
+
+
+def attention_of_last_rows(
+    language_model: Any,
+    hidden_states: tuple[Tensor, ...],
+    cache: DynamicCache,
+    position_ids: Tensor,
+    n_last: int,
+) -> Tensor:
+    """What the last n_last tokens looked at, recomputed from a finished pass -> (B, layers, H, n_last, L).
+
+    Rows sum to 1. hidden_states: the inputs of the layers (output_hidden_states=True); `cache` holds that pass's
+    rotated keys. The last rows must see all L tokens but the later ones among themselves, as bottleneck tokens in a
+    compress pass do. The pass itself is not changed by asking.
+    """
+    cos, sin = language_model.rotary_emb(hidden_states[0], position_ids=position_ids)
+    cos, sin = cos[:, -n_last:], sin[:, -n_last:]
+    rows = []
+    for layer, entering, stored in zip(language_model.layers, hidden_states, cache.layers, strict=False):
+        attention = layer.self_attn
+        last = layer.input_layernorm(entering[:, -n_last:])
+        query = attention.q_proj(last).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        keys = repeat_kv(stored.keys, attention.num_key_value_groups)
+        scores = (query @ keys.transpose(2, 3)).float() * attention.scaling
+        length = scores.shape[-1]
+        future = torch.ones(n_last, length, dtype=torch.bool, device=scores.device).triu(length - n_last + 1)
+        rows.append(scores.masked_fill(future, float("-inf")).softmax(dim=-1))
+    return torch.stack(rows, dim=1)
+
+
+NO_CLASS_TOKEN = ("efficientnet_lite", "siglip_vision_model")  # towers whose features are patches and nothing else
+
+
+def n_patches(config: LlavaConfig) -> int:
+    """P, visual tokens of one image that the projector gets: the patch grid, and a class token where one is kept."""
+    vision = config.vision_config
+    keeps_class_token = config.vision_feature_select_strategy == "full" and vision.model_type not in NO_CLASS_TOKEN
+    return int((vision.image_size // vision.patch_size) ** 2) + int(keeps_class_token)

@@ -1,0 +1,66 @@
+"""`htc-vlm provenance PICTURE --method fastv --budget 12 --output OUT.png`: which patch went into which token.
+
+Source:  ours.
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+QUESTION = "what is at the top left ?"
+
+
+def parser() -> argparse.ArgumentParser:
+    from htc_vlm.cli import cost
+
+    arguments = argparse.ArgumentParser(prog="htc-vlm provenance", description="Draw which patch went into which token.")
+    arguments.add_argument("picture", type=Path)
+    arguments.add_argument("--method", required=True, help="one that needs no training, e.g. tome, fastv, sparse_vlm")
+    arguments.add_argument("--budget", type=int, help="visual tokens, mean over layers; sets the method's settings")
+    arguments.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, e.g. n_keep=12")
+    arguments.add_argument("--question", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
+    arguments.add_argument("--output", type=Path, required=True, metavar="OUT.png")
+    arguments.add_argument("--model", default="tiny-upper", help="an uncompressed checkpoint (default: tiny-upper)")
+    arguments.set_defaults(settings_for=cost.settings_for)
+    return arguments
+
+
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """
+    >>> settings_of(["n_keep=12", "stages=[1, 2]", "place=after_tower"])
+    {'n_keep': 12, 'stages': [1, 2], 'place': 'after_tower'}
+    """
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r} has no '='; write e.g. --set n_keep=12")
+        settings[name] = yaml.safe_load(value)
+    return settings
+
+
+def run(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    from htc_vlm import load
+    from htc_vlm.data.images import load_for_model
+    from htc_vlm.model.modeling import sizes_of
+    from htc_vlm.viz import token_map
+
+    picture = load_for_model(options.picture)
+    model, processor = load(options.model)
+    n_layers = model.config.text_config.num_hidden_layers
+    settings: dict[str, Any] = {}
+    if options.budget is not None:
+        settings = options.settings_for(options.method, options.budget, sizes_of(model.config).n_patches, n_layers)
+    settings |= settings_of(options.set)
+    found = token_map.record(model, processor, picture, options.question, options.method, settings)
+    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+    square = token_map.seen_by_model(model, processor, picture)
+    token_map.draw(square, found, f"{options.method}({shown})", options.output)
+    print("\n".join([*(stage.title for stage in found), str(options.output)]))
+    return 0

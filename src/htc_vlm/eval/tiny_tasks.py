@@ -1,0 +1,63 @@
+"""What our own three sets share as tasks: one plain word as answer, scores by kind of question, blind baselines.
+
+Source:  ours.
+Differs: nothing known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from math import fsum
+
+from htc_vlm.eval.score import mean_by_kind, plain_match
+from htc_vlm.eval.task import Item, percent
+from htc_vlm.tiny.pictograms import majority_baseline, question_only_baseline
+from htc_vlm.tiny.questions import Question
+
+
+def own_items(module: str, split: str) -> list[Item]:
+    """The fixed questions of htc_vlm.data.<module>, as items; the reference is the Question itself."""
+    dataset = import_module(f"htc_vlm.tiny.{module}")
+    return [
+        Item(question.id, question.image, partial(dataset.picture, question.image), question.text, question)
+        for question in dataset.questions(split)
+    ]
+
+
+def score_by_kind(items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+    """{"score": overall, kind: ...} in percent, by exact match."""
+    rows = [(item.reference.kind, plain_match(answers[item.id], item.reference.answer)) for item in items]
+    return with_score(mean_by_kind(rows))
+
+
+def with_score(shares: Mapping[str, float]) -> dict[str, float]:
+    """{"overall": ..., kind: ...} as shares -> {"score": ..., kind: ...} in percent.
+
+    >>> with_score({"overall": 0.5, "count": 1.0})
+    {'score': 50.0, 'count': 100.0}
+    """
+    means = percent(shares)
+    return {"score": means.pop("overall")} | means
+
+
+def weighted(by_kind: Mapping[str, float], items: Sequence[Item]) -> dict[str, float]:
+    """{kind: share} -> {"score": mean over the items' kinds, kind: ...} in percent."""
+    kinds = [item.reference.kind for item in items]
+    return {"score": 100 * fsum(by_kind[kind] for kind in kinds) / len(kinds)} | percent(by_kind)
+
+
+def training_questions(module: str) -> list[Question]:
+    """The fixed training questions of htc_vlm.data.<module>."""
+    questions: list[Question] = import_module(f"htc_vlm.tiny.{module}").questions("train")
+    return questions
+
+
+def blind_baselines(train: Iterable[Question], items: Sequence[Item]) -> dict[str, dict[str, float]]:
+    """What answering without the picture gives on these items, in percent: by question text, and by kind alone."""
+    train, asked = list(train), [item.reference for item in items]
+    return {
+        "question only": weighted(question_only_baseline(train, asked), items),
+        "majority": weighted(majority_baseline(train, asked), items),
+    }

@@ -1,0 +1,210 @@
+"""Checkpoints in, HTC-VLM checkpoints out: a compressor added to a LLaVA, the original LLaVA-1.5 layout, MGVQ files.
+
+Source:  llava-hf checkpoints (transformers' LlavaForConditionalGeneration); liuhaotian/llava-v1.5 (LLaVA commit
+         c121f04); the official MGVQ files.
+Differs: nothing is loaded half: a missing or unexpected weight is an error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from htc_vlm.convert import llava_original
+from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
+from htc_vlm.convert.mgvq import mgvq_state_dict
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.processing import HtcVlmProcessor
+
+BOTTLENECK_TOKEN = "<voco>"
+# Sizes of the checkpoints that presets may name as `base`, from their config.json.
+LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
+BASES: dict[str, dict[str, Any]] = {
+    LLAVA_7B: {
+        "vision": CLIP_336_CONFIG,
+        "text": {
+            "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "bottleneck_token_id": 32002,  # the first free row: the tokenizer has 32002 entries
+    },
+}  # fmt: skip
+
+__all__ = [
+    "add_bottleneck_token",
+    "is_original_layout",
+    "llava_state_dict",
+    "meta_model",
+    "mgvq_state_dict",
+    "with_compressor",
+]
+
+
+def with_compressor(
+    path: str | os.PathLike[str],
+    compressor: Mapping[str, Any],
+    mgvq: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str = "auto",
+    allow_untrained_quantizer: bool = False,
+    vision: str | os.PathLike[str] | None = None,
+) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+    """A LLaVA checkpoint (ours, Hugging Face's or the original) with another compressor: where the compress stage starts.
+
+    mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless
+    the checkpoint already holds one of the same shape. vision: a CLIP folder, for original checkpoints without their
+    vision tower. Raises ValueError for weights that do not fit.
+    """
+    base = _read_base(path, compressor, vision)
+    model, info = HtcVlmForConditionalGeneration.from_pretrained(
+        base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    _check_fit(path, info)
+    if base.state is not None:  # the original's generate never meets <image>; ours could write it
+        model.generation_config.suppress_tokens = [model.config.image_token_id]
+    if model.model.compressor.n_bottleneck:
+        add_bottleneck_token(model, base.tokenizer)
+    quantizer = [name for name in info["missing_keys"] if name.startswith("model.compressor.quantizer.")]
+    if mgvq is not None:
+        load_mgvq(model, mgvq)
+    elif quantizer and not allow_untrained_quantizer:
+        raise ValueError("this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)")
+    processor = HtcVlmProcessor.for_config(
+        model.config, base.image_processor, base.tokenizer, **base.processor_options
+    )
+    return model, processor
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a model is made from. path is None where `state` holds the weights."""
+
+    path: str | os.PathLike[str] | None
+    state: dict[str, Tensor] | None
+    config: HtcVlmConfig
+    tokenizer: Any
+    image_processor: Any
+    processor_options: dict[str, Any]
+
+
+def _read_base(
+    path: str | os.PathLike[str], compressor: Mapping[str, Any], vision: str | os.PathLike[str] | None
+) -> _Base:
+    if is_original_layout(path):
+        original = llava_original.read(path, vision)
+        normalised = {"image_mean": original.image_processor.image_mean, "image_std": original.image_processor.image_std}
+        config = HtcVlmConfig(**original.options, **normalised, compressor=dict(compressor))
+        has_cls = original.options["vision_feature_select_strategy"] == "default"
+        options = {"image_token": llava_original.IMAGE_TOKEN, "num_additional_image_tokens": int(has_cls)}
+        return _Base(None, original.state, config, original.tokenizer, original.image_processor, options)
+    if vision is not None:
+        raise ValueError(f"{path} is a Hugging Face checkpoint, which has its own vision tower; leave out --vision")
+    config = HtcVlmConfig.from_pretrained(path)
+    processor = HtcVlmProcessor.from_pretrained(path)
+    config.compressor = dict(compressor)
+    config.image_mean = list(processor.image_processor.image_mean)
+    config.image_std = list(processor.image_processor.image_std)
+    config = HtcVlmConfig.from_dict(config.to_dict())  # checks the settings
+    options = {
+        "chat_template": processor.chat_template,
+        "image_token": processor.image_token,
+        "num_additional_image_tokens": processor.num_additional_image_tokens,
+    }
+    return _Base(path, None, config, processor.tokenizer, processor.image_processor, options)
+
+
+def _check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+    """ValueError, naming some, unless every weight outside the compressor was found in its right size."""
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("model.compressor."))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("model.compressor."))
+    wrong = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{path} does not fit its config.json: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"of another size {wrong[:5]}"
+        )
+
+
+def meta_model(preset_or_compressor: Mapping[str, Any], stage: str = "compress") -> HtcVlmForConditionalGeneration:
+    """A model of real size without memory (meta device): its shapes, parameter counts and costs, no numbers.
+
+    preset_or_compressor: a preset (`htc_vlm.train.presets.read`), of which `stage` is built; or a compressor's name and
+    settings on LLaVA-1.5-7B.
+    """
+    preset = preset_or_compressor
+    if "stages" not in preset:
+        preset = {"base": LLAVA_7B, "stages": {stage: {"compressor": dict(preset_or_compressor)}}}
+    if stage not in preset["stages"]:
+        raise ValueError(f"the preset has no stage {stage!r}; it has: {', '.join(preset['stages'])}")
+    name = preset.get("base")
+    if name not in BASES:
+        raise ValueError(f"the preset's `base` is {name!r}, whose sizes are not known here; known: {', '.join(BASES)}")
+    compressor = preset["stages"][stage].get("compressor", {"name": "none"})
+    base = BASES[name]
+    ids = {key: base[key] for key in ("image_token_index", "pad_token_id", "bottleneck_token_id")}
+    text = LlamaConfig(**base["text"], pad_token_id=base["pad_token_id"], bos_token_id=1, eos_token_id=2)
+    config = HtcVlmConfig(
+        vision_config=CLIPVisionConfig(**base["vision"]), text_config=text, compressor=dict(compressor),
+        tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return HtcVlmForConditionalGeneration(config).eval()
+
+
+def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) -> int:
+    """Give the bottleneck token an id: the tokenizer's own if it has it, else a new one. The embedding grows if it
+    must; the new row starts as the mean embedding. generate is told never to write placeholders."""
+    unknown = tokenizer.convert_tokens_to_ids(BOTTLENECK_TOKEN) in (None, tokenizer.unk_token_id)
+    if unknown:
+        tokenizer.add_special_tokens({"extra_special_tokens": [BOTTLENECK_TOKEN]}, replace_extra_special_tokens=False)
+    token_id = int(tokenizer.convert_tokens_to_ids(BOTTLENECK_TOKEN))
+    embedding = model.get_input_embeddings()
+    if token_id >= embedding.weight.shape[0]:
+        model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    if unknown:
+        for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            if weight.device.type != "meta":
+                weight.data[token_id] = weight.data[:token_id].float().mean(dim=0).to(weight.dtype)
+    model.config.bottleneck_token_id = token_id
+    model.generation_config.suppress_tokens = [model.config.image_token_id, token_id]
+    return token_id
+
+
+def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
+    """Load a quantizer's encoder and codebooks (an MGVQ.save folder, or an official .pt/.safetensors file); strict."""
+    state = read_mgvq(path)
+    quantizer: Any = model.model.compressor.quantizer
+    wanted = quantizer.state_dict()
+    kept = {name: value for name, value in state.items() if not name.startswith(("decoder.", "post_quant_conv."))}
+    wrong = sorted(set(wanted) ^ set(kept)) + [n for n in wanted if n in kept and wanted[n].shape != kept[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{path}: not the quantizer that this compressor was configured for; first difference: {wrong[0]}"
+        )
+    quantizer.load_state_dict(kept)
+
+
+def read_mgvq(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Our own folder or file as it is; official files renamed."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no MGVQ weights there (a folder written by MGVQ.save, or an official file)")
+    state = (
+        load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    )
+    ours = any(name.startswith("quantizer.") for name in state)
+    return dict(state) if ours else mgvq_state_dict(state)

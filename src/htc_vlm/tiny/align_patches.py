@@ -1,0 +1,108 @@
+"""Patches that speak the language model's words, before a small model is trained from scratch.
+
+Source:  ours. LLaVA's tower is CLIP, whose patches already match words; an ImageNet tower's do not, and a language model
+         that starts from nothing spends thousands of steps on that alone (LOG.md, "Looking things up by name").
+Differs: not in the paper. Only for models built from scratch: projector and word embedding learn, with no language model
+         in between, which words belong to a patch; then the `instruct` stage begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htc_vlm.tiny.features import FeatureCache
+
+NO_WORD = -100
+
+
+@dataclass(frozen=True)
+class WordSettings:
+    """A preset's `words` block: which task's pictures, and for how long.
+
+    patch_rms: root mean square of the projected patches afterwards (the decoder's first layer adds to them).
+    """
+
+    task: str
+    steps: int = 600
+    images_per_step: int = 48
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    patch_rms: float = 2.0
+
+
+def word_loss(patches: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
+    """Patches (N, D), embedding (V, D), words (N, W) ids or NO_WORD -> mean negative log-likelihood of the words, nats.
+
+    A patch has several words, each drawn from one softmax over the vocabulary, as the tied output layer will do.
+
+    >>> patches, embedding = torch.tensor([[1.0, -1.0]]), torch.zeros(4, 2)
+    >>> round(word_loss(patches, embedding, torch.tensor([[2, NO_WORD]])).item(), 4)       # 1 of 4, by chance: ln 4
+    1.3863
+    """
+    logits = F.rms_norm(patches, patches.shape[-1:]) @ embedding.T
+    is_word = words != NO_WORD
+    found = logits.log_softmax(-1).gather(-1, words.masked_fill(~is_word, 0))
+    return -(found * is_word).sum() / is_word.sum()
+
+
+def word_ids(rows: Sequence[Sequence[Sequence[str]]], vocabulary: dict[str, int]) -> Tensor:
+    """Words of each patch of each image -> (N images, P, W) ids, NO_WORD where a patch has fewer. ValueError: unknown word."""
+    n_most = max(len(words) for row in rows for words in row)
+    out = torch.full((len(rows), len(rows[0]), n_most), NO_WORD, dtype=torch.long)
+    for i, row in enumerate(rows):
+        for p, words in enumerate(row):
+            for k, word in enumerate(words):
+                if word not in vocabulary:
+                    raise ValueError(f"the tokenizer has no word {word!r}; add it to the data set's vocabulary()")
+                out[i, p, k] = vocabulary[word]
+    return out
+
+
+def align_words(
+    model: Any,
+    cache: FeatureCache,
+    words_of: Callable[[int], Sequence[Sequence[str]]],
+    vocabulary: dict[str, int],
+    settings: WordSettings,
+    seed: int,
+) -> float:
+    """Train projector and word embedding of `model` in place; the last step's loss (nats per word).
+
+    words_of(i): the words of each patch of image i of the cache, in raster order.
+    """
+    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
+    words = word_ids([words_of(i) for i in range(len(cache))], vocabulary)
+    parameters: list[nn.Parameter] = [*projector.parameters(), *embedding.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+    )
+    device = embedding.weight.device
+    rng = np.random.default_rng((seed, settings.steps))
+    loss = torch.zeros(())
+    for _ in range(settings.steps):
+        chosen = np.sort(rng.integers(0, len(cache), settings.images_per_step))
+        features = cache.get(chosen.tolist()).to(device, torch.float32)
+        loss = word_loss(projector(features).flatten(0, 1), embedding.weight, words[chosen].flatten(0, 1).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    _scale_to(projector, features, settings.patch_rms)
+    if not torch.isfinite(loss):
+        raise ValueError(f"words: the loss is {loss.item()}; lower words.learning_rate")
+    return loss.item()
+
+
+@torch.no_grad()
+def _scale_to(projector: Any, features: Tensor, rms: float) -> None:
+    scale = rms / projector(features).pow(2).mean().sqrt()
+    projector.linear_2.weight.mul_(scale)
+    projector.linear_2.bias.mul_(scale)

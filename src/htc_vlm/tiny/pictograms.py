@@ -1,0 +1,454 @@
+"""Scenes composed on the fly from pictograms of three vendors, and objective questions about them.
+
+Source:  drawings: Noto (Apache-2.0), Twemoji (CC-BY 4.0), Fluent 3D (MIT), see atlas/; names: Unicode CLDR (emojibase-data).
+Differs: scenes, wordings and splits are ours. Which vendor drew a thing is not asked: the unseen vendor has no answer there.
+
+A scene is 160 x 160 pixels: a jittered 2 x 2 grid with one to four different things, each on a rounded tile of its own
+colour, big or small, turned by quarter turns; a background colour and a pattern. Everything follows from (split, index).
+Splits: train, val, test (Noto and Twemoji, new scenes), test-unseen (Fluent 3D only).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from htc_vlm.tiny.questions import Question
+
+ATLAS = Path(__file__).parent / "atlas"
+SIDE = 160
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACE_WORDS = ("top-left", "top-right", "bottom-left", "bottom-right")
+TILES: dict[str, tuple[int, int, int]] = {
+    "red": (229, 96, 88), "blue": (92, 132, 226), "green": (96, 184, 104), "yellow": (240, 206, 82),
+    "purple": (164, 108, 204), "orange": (240, 150, 70),
+}  # fmt: skip
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (244, 244, 244), "black": (44, 44, 48), "gray": (150, 150, 152), "pink": (244, 186, 206),
+    "brown": (150, 112, 84), "cyan": (150, 224, 232), "beige": (232, 218, 186), "navy": (44, 60, 116),
+}  # fmt: skip
+PATTERNS = ("plain", "stripes", "dots", "checks")
+SIZES = {"small": (38, 44), "big": (58, 66)}
+TURNS = {"upright": 0, "left": 90, "down": 180, "right": 270}        # counter-clockwise degrees
+COUNTS = ("zero", "one", "two", "three", "four")
+SPLITS = {"train": 100_000, "val": 1000, "test": 1000, "test-unseen": 1000}
+VENDORS = {"train": ("noto", "twemoji"), "val": ("noto", "twemoji"), "test": ("noto", "twemoji"), "test-unseen": ("fluent",)}
+KINDS = ("name", "category", "exist", "count", "beside", "on", "where", "tile", "size", "turn", "background")
+N_QUESTIONS = 12        # of each test image
+
+
+@dataclass(frozen=True)
+class Concept:
+    label: str
+    category: str
+    turns: bool         # False: looks alike when turned, so it stays upright and is never asked about
+
+
+@dataclass(frozen=True)
+class Thing:
+    concept: Concept
+    vendor: str
+    cell: int           # 0..3, see PLACES
+    tile: str
+    size: str
+    turn: str
+    jitter: tuple[int, int, int, float]      # pixels right, pixels down, pixels across, degrees
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    background: str
+    pattern: str
+    brightness: float
+    seed: int
+
+
+@lru_cache(maxsize=1)
+def concepts() -> tuple[Concept, ...]:
+    """All concepts, in the order of the atlas."""
+    rows = json.loads((ATLAS / "concepts.json").read_text("utf-8"))["concepts"]
+    return tuple(Concept(row["label"], row["category"], row["turns"]) for row in rows)
+
+
+@lru_cache(maxsize=1)
+def categories() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(concept.category for concept in concepts()))
+
+
+@lru_cache(maxsize=3)
+def _drawings(vendor: str) -> dict[str, Image.Image]:
+    about = json.loads((ATLAS / "concepts.json").read_text("utf-8"))
+    cell, columns = about["cell"], about["columns"]
+    with Image.open(ATLAS / f"{vendor}.png") as sheet:
+        rgba = sheet.convert("RGBA")
+    out = {}
+    for i, row in enumerate(about["concepts"]):
+        x, y = i % columns * cell, i // columns * cell
+        out[row["label"]] = rgba.crop((x, y, x + cell, y + cell))
+    return out
+
+
+def _split_of(image_id: str) -> tuple[str, int]:
+    split, _, index = image_id.partition("/")
+    if split not in SPLITS or not index.isdigit() or int(index) >= SPLITS[split]:
+        raise ValueError(f"no pictogram scene {image_id!r}; ids are SPLIT/NUMBER with {SPLITS}")
+    return split, int(index)
+
+
+def _rng(*key: str | int) -> np.random.Generator:
+    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key])
+
+
+def images(split: str) -> Sequence[str]:
+    """Image ids of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; known: {', '.join(SPLITS)}")
+    return [f"{split}/{i}" for i in range(SPLITS[split])]
+
+
+@lru_cache(maxsize=65536)
+def scene(image_id: str) -> Scene:
+    """The scene behind an image id, without drawing it."""
+    split, index = _split_of(image_id)
+    rng = _rng("scene", split, index)
+    n_things = int(rng.choice(4, p=(0.15, 0.25, 0.30, 0.30))) + 1
+    cells = sorted(int(cell) for cell in rng.choice(4, n_things, replace=False))
+    chosen = rng.choice(len(concepts()), n_things, replace=False)
+    tiles = rng.choice(len(TILES), n_things, replace=False)
+    things = []
+    for cell, number, tile in zip(cells, chosen, tiles, strict=True):
+        concept = concepts()[int(number)]
+        turn = str(rng.choice(list(TURNS), p=(0.4, 0.2, 0.2, 0.2))) if concept.turns else "upright"
+        right, down = (int(v) for v in rng.integers(-5, 6, 2))
+        jitter = (right, down, int(rng.integers(0, 7)), float(rng.uniform(-8, 8)))
+        size = "big" if rng.random() < 0.5 else "small"
+        vendor = str(rng.choice(VENDORS[split]))
+        things.append(Thing(concept, vendor, cell, list(TILES)[int(tile)], size, turn, jitter))
+    background, pattern = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(PATTERNS))
+    return Scene(tuple(things), background, pattern, float(rng.uniform(0.88, 1.08)), int(rng.integers(2**31)))
+
+
+def n_things(image_id: str) -> int:
+    """How many things a scene holds, 1 to 4."""
+    return len(scene(image_id).things)
+
+
+def picture(image_id: str) -> Image.Image:
+    """160 x 160 RGB"""
+    return draw(scene(image_id))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw a scene."""
+    canvas = Image.fromarray(_ground(scene))
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        right, down, across, degrees = thing.jitter
+        x, y = 40 + 80 * (thing.cell % 2) + right, 40 + 80 * (thing.cell // 2) + down
+        pen.rounded_rectangle((x - 34, y - 34, x + 34, y + 34), radius=9, fill=TILES[thing.tile])
+        pixels = SIZES[thing.size][0] + min(across, SIZES[thing.size][1] - SIZES[thing.size][0])
+        drawing = _drawings(thing.vendor)[thing.concept.label].rotate(TURNS[thing.turn] + degrees, Image.Resampling.BILINEAR)
+        drawing = drawing.resize((pixels, pixels), Image.Resampling.BILINEAR)
+        canvas.paste(drawing, (x - pixels // 2, y - pixels // 2), drawing)
+    noise = np.random.default_rng(scene.seed).integers(-6, 7, (SIDE, SIDE, 1), dtype=np.int16)
+    bright = np.asarray(canvas, dtype=np.float32) * scene.brightness + noise
+    return Image.fromarray(bright.clip(0, 255).astype(np.uint8))
+
+
+def _ground(scene: Scene) -> np.ndarray:
+    """(160, 160, 3): the background colour, with a pattern of a lighter or darker shade."""
+    colour = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
+    shade = colour * 0.80 if colour.mean() > 90 else colour + 34
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
+    is_drawn = {
+        "plain": np.zeros_like(x, dtype=bool),
+        "stripes": (x + y) // 8 % 2 == 0,
+        "dots": (x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 18,
+        "checks": (x // 10 + y // 10) % 2 == 0,
+    }[scene.pattern]
+    return np.where(is_drawn[..., None], shade, colour).clip(0, 255).astype(np.uint8)
+
+
+def patch_words(image_id: str, n_side: int) -> list[list[str]]:
+    """What each of n_side x n_side patches shows, raster order: the words of the thing in its cell, or of the background;
+    and which quarter of the picture it is in."""
+    here = scene(image_id)
+    by_cell = {thing.cell: thing for thing in here.things}
+    out = []
+    for patch in range(n_side * n_side):
+        row, column = 2 * (patch // n_side) // n_side, 2 * (patch % n_side) // n_side
+        thing = by_cell.get(2 * row + column)
+        words = [here.background, here.pattern]
+        if thing is not None:
+            words = [thing.concept.label, thing.concept.category, thing.tile, thing.size]
+            words += [thing.turn] if thing.concept.turns else []
+        out.append([*words, *PLACES[2 * row + column].split()])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ questions
+Asked = tuple[str, str] | None      # question and answer; None where the scene has nothing to ask of this kind
+
+
+def _pick(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
+    return things[int(rng.integers(len(things)))]
+
+
+def _drawn(rng: np.random.Generator, up_to: np.ndarray) -> int:
+    """rng.choice(len(up_to), p=...) for cumulated shares: the same draw in a tenth of the time."""
+    return int((up_to / up_to[-1]).searchsorted(rng.random(), side="right"))
+
+
+def _reference(rng: np.random.Generator, thing: Thing, by_place: float) -> str:
+    """"the top left" with probability by_place, else "the cat"."""
+    return PLACES[thing.cell] if rng.random() < by_place else thing.concept.label
+
+
+def _ask_name(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    return f"what is at the {PLACES[thing.cell]} ?", thing.concept.label
+
+
+def _ask_category(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    return f"what kind of thing is at the {PLACES[thing.cell]} ?", thing.concept.category
+
+
+def _ask_exist(scene: Scene, rng: np.random.Generator) -> Asked:
+    yes = rng.random() < 0.5
+    here = {thing.concept.category for thing in scene.things}
+    labels = {thing.concept.label for thing in scene.things}
+    if rng.random() < 0.6:
+        pool = sorted(here) if yes else [c for c in categories() if c not in here]
+    elif yes:
+        pool = sorted(labels)
+    else:
+        close = rng.random() < 0.5
+        pool = [c.label for c in concepts() if c.label not in labels and (not close or c.category in here)]
+    return f"is there a {pool[int(rng.integers(len(pool)))]} ?", "yes" if yes else "no"
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
+    if rng.random() < 0.35:
+        return "how many things are there ?", COUNTS[len(scene.things)]
+    counts = Counter(thing.concept.category for thing in scene.things)
+    value = int(rng.choice((0, 1, 1, 2, 2, 3)))
+    pool = [category for category in categories() if counts[category] == value]
+    pool = pool or [category for category in categories() if counts[category] == 0]
+    category = pool[int(rng.integers(len(pool)))]
+    return f"how many things are of the kind {category} ?", COUNTS[counts[category]]
+
+
+_BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+
+def _ask_beside(scene: Scene, rng: np.random.Generator) -> Asked:
+    by_cell = {thing.cell: thing for thing in scene.things}
+    pairs = []
+    for thing in scene.things:
+        for word, (down, right) in _BESIDE.items():
+            row, column = thing.cell // 2 + down, thing.cell % 2 + right
+            other = by_cell.get(2 * row + column) if 0 <= row < 2 and 0 <= column < 2 else None
+            if other is not None:
+                pairs.append((word, thing, other))
+    if not pairs:
+        return None
+    word, thing, other = pairs[int(rng.integers(len(pairs)))]
+    reference = f"tile in {thing.tile}" if rng.random() < 0.5 else thing.concept.label
+    return f"what is {word} the {reference} ?", other.concept.label
+
+
+def _ask_on(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    return f"what is on the tile in {thing.tile} ?", thing.concept.label
+
+
+def _ask_where(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    reference = f"tile in {thing.tile}" if rng.random() < 0.5 else thing.concept.label
+    return f"where is the {reference} ?", PLACE_WORDS[thing.cell]
+
+
+def _ask_tile(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    return f"what colour is behind the {_reference(rng, thing, 0.6)} ?", thing.tile
+
+
+def _ask_size(scene: Scene, rng: np.random.Generator) -> Asked:
+    thing = _pick(rng, scene.things)
+    return f"how big is the {_reference(rng, thing, 0.6)} ?", thing.size
+
+
+_TURNS_UP_TO = np.cumsum((0.19, 0.27, 0.27, 0.27))        # upright things are more common
+
+
+def _ask_turn(scene: Scene, rng: np.random.Generator) -> Asked:
+    wanted = list(TURNS)[_drawn(rng, _TURNS_UP_TO)]
+    pool = [thing for thing in scene.things if thing.concept.turns and thing.turn == wanted]
+    if not pool:
+        return None
+    thing = _pick(rng, pool)
+    return f"which way up is the {_reference(rng, thing, 0.6)} ?", thing.turn
+
+
+def _ask_background(scene: Scene, rng: np.random.Generator) -> Asked:
+    if rng.random() < 0.5:
+        return "what colour is the background ?", scene.background
+    return "what pattern is the background ?", scene.pattern
+
+
+_ASK: dict[str, Callable[[Scene, np.random.Generator], Asked]] = {
+    "name": _ask_name, "category": _ask_category, "exist": _ask_exist, "count": _ask_count, "beside": _ask_beside,
+    "on": _ask_on, "where": _ask_where, "tile": _ask_tile, "size": _ask_size, "turn": _ask_turn, "background": _ask_background,
+}  # fmt: skip
+
+
+REFERRING = ("name", "category", "on", "where", "tile", "size", "turn")     # kinds about one thing
+
+
+def ask(
+    scene: Scene,
+    n: int,
+    rng: np.random.Generator,
+    weights: Mapping[str, float] | None = None,
+    places: Sequence[str] = PLACES,
+) -> list[tuple[str, str, str]]:
+    """Up to n different (kind, question, answer) about a scene, kinds drawn by weight (default: all alike).
+
+    places: questions about one thing are asked of things that stand in these places only.
+    """
+    unknown = sorted(set(places) - set(PLACES))
+    if unknown:
+        raise ValueError(f"no place {unknown[0]!r}; places: {', '.join(PLACES)}")
+    shares = np.array([(weights or {}).get(kind, 1.0 if weights is None else 0.0) for kind in KINDS])
+    shares = shares / shares.sum()
+    there = replace(scene, things=tuple(thing for thing in scene.things if PLACES[thing.cell] in places))
+    up_to = shares.cumsum()
+    found: dict[str, tuple[str, str, str]] = {}
+    for _ in range(8 * n):
+        if len(found) == n:
+            break
+        kind = KINDS[_drawn(rng, up_to)]
+        if kind in REFERRING and not there.things:
+            continue
+        asked = _ASK[kind](there if kind in REFERRING else scene, rng)
+        if asked is not None:
+            found.setdefault(asked[0], (kind, *asked))
+    return list(found.values())
+
+
+def sample_questions(
+    image_id: str,
+    n: int,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    places: Sequence[str] = PLACES,
+) -> list[Question]:
+    """n questions for training, drawn from (image, seed); see `ask`."""
+    split, index = _split_of(image_id)
+    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights, places)
+    return _numbered(rows, image_id, f"pictograms/{image_id}/{seed}.")
+
+
+def _numbered(rows: Iterable[tuple[str, str, str]], image_id: str, prefix: str) -> list[Question]:
+    return [Question(f"{prefix}{i}", image_id, text, answer, kind) for i, (kind, text, answer) in enumerate(rows)]
+
+
+@lru_cache(maxsize=4)
+def questions(split: str) -> list[Question]:
+    """The fixed list of a split: 12 per image."""
+    out = []
+    for image_id in images(split)[:1000]:
+        _, index = _split_of(image_id)
+        rows = ask(scene(image_id), N_QUESTIONS, _rng("fixed", split, index))
+        out += _numbered(rows, image_id, f"pictograms/{image_id}/")
+    return out
+
+
+def vocabulary() -> list[str]:
+    """Every word of every question and answer."""
+    fixed = (
+        "what is at the ? kind of thing there a how many things are left right above below tile in on where colour behind big "
+        "small which way up background pattern yes no upright down top bottom"
+    )
+    found = set(fixed.split()) | set(PLACE_WORDS) | set(TILES) | set(BACKGROUNDS) | set(PATTERNS) | set(COUNTS) | set(TURNS)
+    return sorted(found | {c.label for c in concepts()} | set(categories()))
+
+
+# ------------------------------------------------------------------------------------------------ blind baselines
+def question_only_baseline(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+    """Accuracy by kind of the best answer per exact question text in `train`; unknown texts get the kind's majority."""
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        by_text[question.text][question.answer] += 1
+        by_kind[question.kind][question.answer] += 1
+    return _accuracy(test, lambda q: _commonest(by_text.get(q.text) or by_kind[q.kind], q))
+
+
+def majority_baseline(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+    """Accuracy by kind of the kind's most frequent answer in `train`."""
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        by_kind[question.kind][question.answer] += 1
+    return _accuracy(test, lambda q: _commonest(by_kind[q.kind], q))
+
+
+def _commonest(answers: Counter[str], asked: Question) -> str:
+    if not answers:
+        raise ValueError(f"no training question is of the kind {asked.kind!r}, so {asked.id} has no blind baseline")
+    return answers.most_common(1)[0][0]
+
+
+def _accuracy(test: Iterable[Question], guess: Callable[[Question], str]) -> dict[str, float]:
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question in test:
+        right[question.kind].append(guess(question) == question.answer)
+    return {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+
+
+def bag_of_things_ceiling(scene: Scene, question: Question) -> float:
+    """Expected accuracy of an ideal answerer who knows what is in the picture but not what belongs where or to what.
+
+    It knows each thing's concept, size and turn (bound to each other), the set of tile colours, which cells are taken,
+    and the background; not which thing stands in which cell or on which tile. So whole-picture questions (exist, count,
+    background) score 1, and so do size and turn of a thing that the question names; name, on, beside 1 / number of
+    candidates; the others the share of the best guess. "Which way up" is asked only of things that turn.
+    """
+    things = scene.things
+    if question.kind in ("exist", "count", "background"):
+        return 1.0
+    if question.kind == "beside":                       # the thing named in the question is not beside itself
+        named = any(f"the {thing.concept.label} ?" in question.text for thing in things)
+        return 1 / (len(things) - 1) if named else 1 / len(things)
+    if question.kind in ("size", "turn") and any(f" {thing.concept.label} " in question.text for thing in things):
+        return 1.0
+    if question.kind == "turn":
+        things = tuple(thing for thing in things if thing.concept.turns)
+    values = {
+        "name": [thing.concept.label for thing in things],
+        "on": [thing.concept.label for thing in things],
+        "category": [thing.concept.category for thing in things],
+        "where": [str(thing.cell) for thing in things],
+        "tile": [thing.tile for thing in things],
+        "size": [thing.size for thing in things],
+        "turn": [thing.turn for thing in things],
+    }[question.kind]
+    return max(Counter(values).values()) / len(things)
+
+
+def ceilings(asked: Iterable[Question]) -> dict[str, float]:
+    """Mean `bag_of_things_ceiling` by kind."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for question in asked:
+        found[question.kind].append(bag_of_things_ceiling(scene(question.image), question))
+    return {kind: sum(values) / len(values) for kind, values in sorted(found.items())}

