@@ -1,0 +1,362 @@
+"""The HTC-VLM without a head: vision tower, projector, compressor, language model, and the paper's one masked pass.
+
+Source:  transformers' LlavaForConditionalGeneration; HTC-VLM Algorithm 1; VoCo-LLaMA section 3.
+Differs: training runs the paper's one masked pass; inference runs two (compress, then text over the kv), which a
+         contract test proves equal. With `compressor: none` nothing differs from LLaVA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlavaModel, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from htc_vlm import compressors
+from htc_vlm.applied import hf_compat
+from htc_vlm.applied.hf_compat import n_patches
+from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
+from htc_vlm.model import fast_prefill
+from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.prefusion import ImagesToFuse, fuse
+from htc_vlm.ops import masks, rope
+from htc_vlm.tokens import TokenLayout
+
+# How LLaVA checkpoints on the hub name their weights -> the names in memory (and in files that we write).
+# transformers does the same renaming, but only for its own classes.
+HUB_NAMES = {
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^vision_tower\.": "model.vision_tower.",
+    r"^multi_modal_projector\.": "model.multi_modal_projector.",
+}
+
+
+class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
+    config_class = HtcVlmConfig
+    config: HtcVlmConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Compressor):
+            module.init_own_weights()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; checkpoints named as LLaVA's on the hub are understood too."""
+        kwargs.setdefault("key_mapping", HUB_NAMES)
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
+    """Vision tower, projector, compressor and language model, without a head."""
+
+    def __init__(self, config: HtcVlmConfig) -> None:
+        super().__init__(config)
+        self.compressor = compressors.build(**config.compressor)
+        self.compressor.setup(replace(sizes_of(config), new_decoder_layer=self._new_decoder_layer))
+        self.post_init()
+
+    def _new_decoder_layer(self, index: int) -> nn.Module:
+        """An untrained layer of the language model's kind, that follows its configuration (attention backend included)."""
+        layers: Any = self.language_model.layers
+        return type(layers[0])(self.language_model.config, index % len(layers))
+
+    # ---------------------------------------------------------------- images
+    @merge_with_config_defaults
+    @select_hidden_states("vision_feature_layer")
+    def vision_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, 3, height, width) -> (B, P, vision width): the features that LLaVA hands to its projector."""
+        states = self.vision_tower(pixel_values, return_dict=True, **kwargs).hidden_states
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or [])
+        chosen = [states[i] for i in layers]
+        if vision_feature_select_strategy == "default":  # leave out CLS
+            chosen = [state[:, 1:] for state in chosen]
+        return torch.cat(chosen, dim=-1)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """What the language model receives for each image: `.pooler_output`, one (C, D) tensor per image.
+
+        pixel_values (B, 3, height, width); or patch_features (B, P, vision width), and for htc image_codes
+        (B, h, w, channels), computed before (frozen towers need not be run again at each step).
+        """
+        if self.compressor.name == "none" and patch_features is None:
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+        if patch_features is None:
+            if pixel_values is None:
+                raise ValueError("no image: give pixel_values or patch_features")
+            if kwargs.get("image_sizes") is not None:
+                raise ValueError(
+                    "images of different sizes (image_sizes) are not supported with compressor "
+                    f"{self.compressor.name!r}; resize them to one size"
+                )
+            patch_features = self.vision_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
+        images = ImageFeatures(
+            features=patch_features.to(self.multi_modal_projector.linear_1.weight.dtype),
+            project=self.multi_modal_projector,
+            pixels=None if pixel_values is None else self.denormalise(pixel_values),
+            codes=image_codes,
+        )
+        tokens = self.compressor.before_llm(images)  # (B, C, D)
+        promised = self.compressor.n_visual(patch_features.shape[1])
+        if tokens.shape[1] != promised:
+            raise ValueError(f"{self.compressor.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
+        if self.compressor.n_fusion:
+            patches = [list(images.patches)]
+            return ImagesToFuse(last_hidden_state=patch_features, pooler_output=list(tokens), deepstack_features=patches)
+        return BaseModelOutputWithPooling(last_hidden_state=patch_features, pooler_output=list(tokens))
+
+    def denormalise(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values -> (B, 3, height, width) in [0, 1]."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(shape)
+        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(shape)
+        return (pixel_values.float() * std + mean).clamp(0, 1)
+
+    # ---------------------------------------------------------------- one pass
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        kv_positions: Tensor | None = None,
+        is_answer: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | LlavaModelOutputWithPast:
+        """As LLaVA's; besides: patch_features, image_codes (see get_image_features); question_ids (B, L) for packed
+        questions; kv_positions (B, n) where the cache begins with n kv that stand amid the text; is_answer (B, L)
+        bool, the tokens that no pre-fusion reads (as in generate, which makes them later)."""
+        if patch_features is not None:
+            if pixel_values is not None or mm_encoder_outputs:
+                raise ValueError("give pixel_values or patch_features, not both")
+            images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
+            mm_encoder_outputs = {"image": images}
+        ids = input_ids
+        if self.compressor.n_fusion:
+            if pixel_values is not None:
+                names = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+                options = {name: kwargs.pop(name, None) for name in names}
+                mm_encoder_outputs = {"image": self.get_image_features(pixel_values=pixel_values, **options)}
+                pixel_values = None
+            given = (mm_encoder_outputs or {}).get("image")
+            fused = self._fused(input_ids, given, attention_mask, past_key_values, question_ids, is_answer)
+            if fused is not None:
+                ids, inputs_embeds, mm_encoder_outputs = None, fused, None
+        has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
+        if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
+            like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            if position_ids is None:
+                raise ValueError("images amid the text need position_ids beside kv_positions; use compressed=...")
+            attention_mask = hf_compat.mask_over_kv(
+                self.language_model.config, like, attention_mask, past_key_values, position_ids, kv_positions
+            )
+        elif not has_past and (self.compressor.n_bottleneck or question_ids is not None):
+            attention_mask, position_ids = self._masked_pass(
+                input_ids, inputs_embeds, attention_mask, position_ids, question_ids, past_key_values, kwargs
+            )
+        return super().forward(
+            input_ids=ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+    def _fused(
+        self,
+        input_ids: Tensor | None,
+        images: Any,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        question_ids: Tensor | None,
+        is_answer: Tensor | None,
+    ) -> Tensor | None:
+        """(B, L, D), what the language model gets after pre-fusion; None where there is nothing to fuse."""
+        name = self.compressor.name
+        if cache is not None and cache.get_seq_length():
+            if images is not None or (input_ids is not None and input_ids.shape[1] > 1):
+                raise ValueError(
+                    f"{name}: words after a cached prompt would not have read the picture; give the whole conversation"
+                )
+            return None
+        if images is None:
+            return None
+        if input_ids is None:
+            raise ValueError(f"{name} finds images by their placeholders; give input_ids, not embeddings")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"{name} masks by itself; give a 2-D attention_mask, got {attention_mask.ndim}-D")
+        embeds = self.get_input_embeddings()(input_ids)
+        tokens = torch.cat(list(images.pooler_output)).to(embeds.device, embeds.dtype)  # (I * C, D)
+        is_image = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=tokens)
+        return fuse(
+            embeds.masked_scatter(is_image, tokens),
+            self.layout(input_ids, attention_mask, question_ids),
+            images.patches.to(embeds.device),
+            len(images.pooler_output[0]),
+            is_answer,
+            self.compressor.fusion_layers,
+            self.language_model,
+        )
+
+    def _masked_pass(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        question_ids: Tensor | None,
+        cache: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask and positions of the paper's single pass. Changes `kwargs`: no cache is kept of hidden tokens."""
+        if input_ids is None:
+            raise ValueError(
+                f"compressor {self.compressor.name!r} reads the layout from input_ids; give them, not embeddings"
+            )
+        layout = self.layout(input_ids, attention_mask, question_ids)
+        has_image = bool(layout.is_visual.any())
+        if not has_image and question_ids is None:
+            return attention_mask, position_ids  # text only: plain LLaVA
+        if has_image and self.compressor.n_bottleneck:
+            self._check_bottlenecks(layout)
+            if cache is not None or kwargs.get("use_cache"):
+                raise ValueError(
+                    "a masked pass keeps no cache: it would show the visual tokens to what follows. Call "
+                    "model.compress(...) and pass compressed=..., or model.generate(...), which does so"
+                )
+        kwargs["use_cache"] = False
+        visible = self.compressor.visible(layout)
+        if visible is None:
+            visible = masks.packed_causal(layout)
+        like = torch.empty((*input_ids.shape, 0), dtype=self.dtype, device=input_ids.device)
+        if position_ids is None:
+            position_ids = rope.position_ids(layout, self.compressor.positions)
+        return hf_compat.ready_mask(self.language_model.config, like, attention_mask, visible), position_ids
+
+    def layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, question_ids: Tensor | None = None
+    ) -> TokenLayout:
+        """What each token of a prompt is."""
+        bottleneck = self.config.bottleneck_token_id if self.compressor.n_bottleneck else None
+        return TokenLayout.from_input_ids(
+            input_ids, attention_mask, self.config.image_token_id, bottleneck, question_ids
+        )
+
+    def _check_bottlenecks(self, layout: TokenLayout) -> None:
+        n_images = int(layout.image.max(dim=1).values.sum())
+        n_bottleneck = int(layout.is_bottleneck.sum())
+        if n_bottleneck != n_images * self.compressor.n_bottleneck:
+            raise ValueError(
+                f"{n_images} images need {self.compressor.n_bottleneck} bottleneck tokens each after their "
+                f"placeholders, the prompts have {n_bottleneck}: text would not see the image. Use HtcVlmProcessor "
+                "with this model's settings"
+            )
+
+    # ---------------------------------------------------------------- compress
+    @torch.no_grad()
+    def compress_visual(self, visual: Tensor, path: str = "auto") -> Tensor:
+        """(N, C, D) visual tokens -> their kv (N, layers, 2, kv heads, K, head_dim): the language model's part of
+        `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_prefill.py where it applies,
+        "fast" refuses (ValueError) where it does not."""
+        n_bottleneck = self.compressor.n_bottleneck
+        if fast_prefill.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
+            return fast_prefill.compress(self.language_model, visual, self._bottleneck_embeds(visual))
+        out, _ = self.compress_pass(visual)
+        return hf_compat.kv_from_cache(out.past_key_values, n_bottleneck)
+
+    def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
+        """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
+        n_images, n_visual, _ = visual.shape
+        n_bottleneck = self.compressor.n_bottleneck
+        embeds = torch.cat((visual, self._bottleneck_embeds(visual).expand(n_images, -1, -1)), dim=1)
+        kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
+        layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
+        position_ids = torch.arange(-n_visual, n_bottleneck, device=visual.device).expand(n_images, -1)
+        visible = self.compressor.visible(layout)
+        if visible is None:
+            raise ValueError(f"compressor {self.compressor.name!r} has bottleneck tokens but no mask around them")
+        mask = hf_compat.ready_mask(self.language_model.config, embeds, None, visible)
+        out = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=True,
+            output_hidden_states=output_hidden_states,
+        )
+        return out, position_ids
+
+    def _bottleneck_embeds(self, like: Tensor) -> Tensor:
+        """(K, D)"""
+        ids = torch.full((self.compressor.n_bottleneck,), self._bottleneck_id(), device=like.device)
+        return self.get_input_embeddings()(ids).to(like.dtype)
+
+    def _bottleneck_id(self) -> int:
+        if self.config.bottleneck_token_id is None:
+            raise ValueError(
+                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.add_compressor adds it"
+            )
+        return int(self.config.bottleneck_token_id)
+
+def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Tokens of this forward pass."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("give input_ids or inputs_embeds")
+    return given.shape[1]
+
+
+def sizes_of(config: HtcVlmConfig) -> Sizes:
+    """What compressors with weights need to know, read from the configuration."""
+    vision = config.vision_config
+    n_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    return Sizes(
+        n_patches=n_patches(config),
+        vision_width=vision.hidden_size * n_layers,
+        llm_width=config.text_config.hidden_size,
+        initializer_range=config.text_config.initializer_range,
+    )
