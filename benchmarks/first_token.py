@@ -25,7 +25,8 @@ import torch
 from htc_vlm.cli.cost import settings_for
 from htc_vlm.eval.run import Ask, batches, write_json
 from htc_vlm.eval.run_info import provenance
-from htc_vlm.viz import evaluating, study
+from study import evaluating
+from study import runner as study
 from study.definitions import Experiment, followed, read_tables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -49,6 +49,6 @@ def test_expected_floors_are_worked_out_by_hand(script: ModuleType) -> None:
 
 
 def test_examples_in_the_docstrings_run(script: ModuleType) -> None:
-    """scripts/ is not among the folders whose doctests pytest collects."""
+    """study/ is not among the folders whose doctests pytest collects."""
     tried = doctest.testmod(script)
     assert tried.failed == 0 and tried.attempted

@@ -13,7 +13,7 @@ from htc_vlm.tiny import pictograms
 from study.linear_probe import Probed
 from study.probe import Label, as_markdown, closed_label, items, representations, run_probe, summary
 
-from .. import tiny_runs as tiny
+from tests import tiny_runs as tiny
 
 
 def test_a_thing_alone_is_the_only_thing_in_its_picture() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from htc_vlm_cli import main
 
-from .. import tiny_runs as tiny
+from tests import tiny_runs as tiny
 
 
 def test_it_prints_a_table_and_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def test_retention_by_both_formulas(study: Path) -> None:
 
 def test_a_column_that_the_bounds_do_not_separate_has_no_retention(study: Path) -> None:
     """Bounds 4 points apart make 25 points of retention out of one; the paper's ScienceQA column counts 121 %."""
-    file = study / "study/results/table1/lower/0.json"
+    file = study / "results/table1/lower/0.json"
     content = json.loads(file.read_text())
     content["metrics"]["scenes/count"] = 76.0
     file.write_text(json.dumps(content))
@@ -149,7 +149,7 @@ def test_a_comparison_pairs_the_seeds_that_both_rows_have(study: Path) -> None:
 
 def test_what_each_seed_says_stands_beside_the_interval(study: Path) -> None:
     """Seed 0: 45 - 30 = +15, seed 1: 65 - 75 = -10. The interval over pictures does not show that they disagree."""
-    (study / "study/results/table1/b/1.json").write_text(json.dumps(result(share(0.7, 0.8), 1)))
+    (study / "results/table1/b/1.json").write_text(json.dumps(result(share(0.7, 0.8), 1)))
     table = load(study)
     found = compared(table, Comparison("table1/a", "table1/b", ""), "scenes/score")
     assert found is not None and found.by_seed == (pytest.approx(15), pytest.approx(-10))
@@ -164,13 +164,13 @@ def test_in_short_a_difference_is_one_that_no_seed_turns_round(study: Path) -> N
     assert [line[0] for line in lines[1:]] == ["a against b"]  # the other comparison was not run
     assert lines[1][1].startswith("**+15.0 [") and lines[1][2:] == ["1", "better"]
     assert short_grid([load(study)], min_seeds=2) == lines[:1]
-    (study / "study/results/table1/b/1.json").write_text(json.dumps(result(share(0.52, 0.82), 1)))  # 65 - 67: -2
+    (study / "results/table1/b/1.json").write_text(json.dumps(result(share(0.52, 0.82), 1)))  # 65 - 67: -2
     assert short_grid([load(study)], min_seeds=2)[1][2:] == ["2", "better (not with every seed)"]
     for row, name in (("a", "b"), ("b", "a")):
-        (study / f"{row}.json").write_text((study / f"study/results/table1/{name}/0.json").read_text())
+        (study / f"{row}.json").write_text((study / f"results/table1/{name}/0.json").read_text())
     for row in "ab":
-        (study / f"{row}.json").rename(study / f"study/results/table1/{row}/0.json")
-        (study / f"study/results/table1/{row}/1.json").unlink()
+        (study / f"{row}.json").rename(study / f"results/table1/{row}/0.json")
+        (study / f"results/table1/{row}/1.json").unlink()
     assert short_grid([load(study)])[1][3] == "worse"
 
 
@@ -180,7 +180,7 @@ def test_the_reading_follows_the_numbers(study: Path) -> None:
     assert "A against b: better, +15.0 points" in told and "One seed" in told
     assert "4 of 6 rows have results; impossible here: 1; not run: 1." in told
     assert "B against the ceiling of knowing what, but not where: on scenes below it in name." in told
-    a, b = study / "study/results/table1/a/0.json", study / "study/results/table1/b/0.json"
+    a, b = study / "results/table1/a/0.json", study / "results/table1/b/0.json"
     first, second = a.read_text(), b.read_text()
     a.write_text(second)
     b.write_text(first)
@@ -191,11 +191,11 @@ def test_the_reading_follows_the_numbers(study: Path) -> None:
 
 def test_a_row_that_answers_as_if_blind_is_named(study: Path) -> None:
     """Differences over one task hid that some rows do nothing on another. Blind, count is 20: b has 21, a 70."""
-    tables = yaml.safe_load((study / "study/experiments/tables.yaml").read_text())
+    tables = yaml.safe_load((study / "experiments/tables.yaml").read_text())
     tables["table1"]["columns"]["more"] = ["scenes/count"]
-    (study / "study/experiments/tables.yaml").write_text(yaml.safe_dump(tables))
+    (study / "experiments/tables.yaml").write_text(yaml.safe_dump(tables))
     assert not any("no better than without" in sentence for sentence in sentences(load(study)))
-    file = study / "study/results/table1/b/0.json"
+    file = study / "results/table1/b/0.json"
     content = json.loads(file.read_text())
     content["metrics"]["scenes/count"] = 21.0
     file.write_text(json.dumps(content))
@@ -207,7 +207,7 @@ def test_rows_that_were_asked_other_questions_are_named(study: Path) -> None:
     """Another limit, or another version of the data: the numbers do not belong in one table."""
     other = answers.QuestionSet("scenes", "e" * 64, ("name", "count"), np.arange(8) % 2, np.arange(8) // 4, {})
     answers.write_questions(study / "results", other)
-    file = study / "study/results/table1/b/0.json"
+    file = study / "results/table1/b/0.json"
     content = json.loads(file.read_text())
     content["answers"]["scenes"]["questions_sha256"] = "e" * 64
     file.write_text(json.dumps(content))
@@ -240,7 +240,7 @@ def test_budgets_have_a_line_per_method(study: Path) -> None:
 
 def test_a_damaged_result_is_an_error_that_names_it(study: Path) -> None:
     """Left out silently, a row would turn into "not run"."""
-    file = study / "study/results/table1/b/0.json"
+    file = study / "results/table1/b/0.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(ValueError, match="b/0.json: damaged"):
         load(study)

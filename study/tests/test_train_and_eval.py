@@ -17,7 +17,7 @@ from htc_vlm.eval.task import make_task
 from study import answers
 from study.cli import train_and_eval
 
-from .. import tiny_runs
+from tests import tiny_runs
 
 N_QUESTIONS = 36  # of 3 scenes
 ROWS: dict[str, dict[str, Any]] = {
@@ -83,9 +83,9 @@ def test_a_trained_row_becomes_a_result_file_with_all_that_checks_ask_for(study:
     assert len(questions) == len(right) == N_QUESTIONS and questions.n_images == 3
     assert found["metrics"]["scenes/score"] == pytest.approx(100 * right.mean(), abs=1e-3)
     assert set(questions.baselines) == {"question only", "majority", "bag of things"}
-    before = (study / "study/results/table1/htc/0.json").read_bytes()
+    before = (study / "results/table1/htc/0.json").read_bytes()
     assert train_and_eval.run(arguments(study, "table1/htc", "table4/hybrid")) == 0
-    assert (study / "study/results/table1/htc/0.json").read_bytes() == before
+    assert (study / "results/table1/htc/0.json").read_bytes() == before
     assert "1 of 1 results are there" in capsys.readouterr().out
 
 
@@ -107,7 +107,7 @@ def test_rows_without_training_and_methods_that_refuse(study: Path) -> None:
     assert result(study, "table2/random")["schedule"] == [2, 2]
     assert result(study, "table2/random", 1)["config"]["method"] == {"name": "random_drop", "n_keep": 2, "seed": 1}
     assert result(study, "table2/fastv")["schedule"] == [4, 2]
-    assert not (study / "study/results/table1/upper/1.json").exists()
+    assert not (study / "results/table1/upper/1.json").exists()
     for name, words in (("tome", "vision tower"), ("fastv-64", "64 of 576"), ("pool", "square")):
         assert words in result(study, f"table2/{name}")["impossible"] and result(study, f"table2/{name}")["metrics"] == {}
 
@@ -122,17 +122,17 @@ def test_shuffled_codes_run_also_when_one_picture_is_left_over(study: Path) -> N
 def test_a_result_of_another_config_is_never_overwritten(study: Path) -> None:
     """The silent alternative: a table whose rows were trained for different numbers of steps."""
     train_and_eval.run(arguments(study, "table1/upper"))
-    before = (study / "study/results/table1/upper/0.json").read_bytes()
+    before = (study / "results/table1/upper/0.json").read_bytes()
     with pytest.raises(ValueError, match="tasks.scenes.n_questions was 36, is 24.*Nothing is overwritten"):
         train_and_eval.run(arguments(study, "table1/upper", "table1/voco", more=("--set", "tasks.scenes.limit=24")))
-    assert (study / "study/results/table1/upper/0.json").read_bytes() == before
+    assert (study / "results/table1/upper/0.json").read_bytes() == before
     assert not (study / "work/table1/voco").exists()  # refused before anything was run
 
 
 def test_a_run_in_progress_of_another_config_is_not_gone_on_with(study: Path) -> None:
     """transformers' Trainer would resume from the other run's checkpoint without a word."""
     train_and_eval.run(arguments(study, "table1/voco"))
-    (study / "study/results/table1/voco/0.json").unlink()
+    (study / "results/table1/voco/0.json").unlink()
     with pytest.raises(ValueError, match="training.settings.learning_rate was 0.01, is 0.1"):
         train_and_eval.run(arguments(study, "table1/voco", more=("--set", "training.learning_rate=1e-1")))
 
@@ -157,7 +157,7 @@ def test_a_run_in_progress_of_another_config_is_not_gone_on_with(study: Path) ->
 )
 def test_a_wrong_file_is_refused_before_anything_runs(study: Path, text: str, message: str) -> None:
     """Found after the rows before it were trained, a slip would cost a night."""
-    (study / "study/experiments/table1/htc.yaml").write_text(text)
+    (study / "experiments/table1/htc.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_and_eval.run(arguments(study, "table1/upper", "table1/htc"))
     assert not (study / "results").exists() and not (study / "work/table1").exists()
@@ -201,7 +201,7 @@ def test_runs_side_by_side_give_the_same_and_report_a_failure(study: Path, capsy
     assert code == train_and_eval.EXIT_FAILED and "2 built, 1 failed, 0 left" in said.out
     assert "200000 images asked for" in said.err
     alone = result(study, "table1/voco")["answers"]
-    (study / "study/results/table1/voco/0.json").rename(study / "kept.json")
+    (study / "results/table1/voco/0.json").rename(study / "kept.json")
     (study / "work/table1/voco/0").rename(study / "kept")
     assert train_and_eval.run(arguments(study, "table1/voco")) == 0
     assert result(study, "table1/voco")["answers"] == alone

@@ -98,19 +98,19 @@ def test_the_7b_shape_runs_on_a_gpu(methods: ModuleType) -> None:
 
 def test_the_page_says_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number typed by hand outlives the run that it came from."""
-    page = script("scripts")
+    page = script("study")
     monkeypatch.setattr(sys, "argv", ["methods.py", "--check"])
     assert page.main() == 0
 
 
 def test_the_table_has_a_line_per_method_and_marks_what_is_slower_than_promised(result: dict[str, Any]) -> None:
     """`result` is a run of a tiny model, where overhead is everything."""
-    page = script("scripts")
+    page = script("study")
     made = page.table(json.loads(json.dumps({**result, "shape": "cpu"})))
     assert made.count("\n| `") == len(result["rows"]) - 1
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "scripts"])
+@pytest.mark.parametrize("folder", ["benchmarks", "study"])
 def test_the_examples_in_the_scripts_hold(folder: str) -> None:
     """Files outside the package are not among those whose doctests pytest collects."""
     found = doctest.testmod(script(folder))

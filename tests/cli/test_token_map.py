@@ -1,4 +1,4 @@
-"""`htc-vlm provenance`."""
+"""`htc-vlm token-map`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture(tmp_path: Path) -> Path:
 def call(picture: Path, *more: str) -> int:
     output = picture.with_name("out.png")
     return htc_vlm_cli.main(
-        ["provenance", str(picture), "--output", str(output), "--model", str(tiny.checkpoint(tiny.NONE)), *more]
+        ["token-map", str(picture), "--output", str(output), "--model", str(tiny.checkpoint(tiny.NONE)), *more]
     )
 
 

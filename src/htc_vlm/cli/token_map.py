@@ -1,4 +1,4 @@
-"""`htc-vlm provenance PICTURE --method fastv --budget 12 --output OUT.png`: which patch went into which token.
+"""`htc-vlm token-map PICTURE --method fastv --budget 12 --output OUT.png`: which patch went into which token.
 
 Source:  ours.
 Differs: nothing known.
@@ -18,7 +18,7 @@ QUESTION = "what is at the top left ?"
 def parser() -> argparse.ArgumentParser:
     from htc_vlm.cli import cost
 
-    arguments = argparse.ArgumentParser(prog="htc-vlm provenance", description="Draw which patch went into which token.")
+    arguments = argparse.ArgumentParser(prog="htc-vlm token-map", description="Draw which patch went into which token.")
     arguments.add_argument("picture", type=Path)
     arguments.add_argument("--method", required=True, help="one that needs no training, e.g. tome, fastv, sparse_vlm")
     arguments.add_argument("--budget", type=int, help="visual tokens, mean over layers; sets the method's settings")

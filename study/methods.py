@@ -1,6 +1,6 @@
 """Rebuild the tables of docs/methods.md between markers from study/results/methods/*.json; --check only compares.
 
-    python scripts/methods.py [--check]
+    python study/methods.py [--check]
 """
 
 from __future__ import annotations

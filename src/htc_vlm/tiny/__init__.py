@@ -1,0 +1,1 @@
+"""The toy world: a small vision tower, three small data sets, cached features, packed questions."""
