@@ -26,7 +26,7 @@ from study.definitions import DEFAULTS, TABLES, Experiment, followed, read_exper
 
 EXIT_LEFT, EXIT_FAILED = 3, 1  # runs are left for a later start; a run failed
 POLL_SECONDS = 0.2
-CHILD = "import sys; from htc_vlm_cli import main; sys.exit(main(sys.argv[1:]))"
+CHILD = "import sys; from study.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
 class TimeUp(BaseException):
@@ -98,7 +98,7 @@ def depends_on_seed(experiment: Experiment) -> bool:
 
 def command_of(wanted: Wanted, overrides: Sequence[str]) -> str:
     """What to type to build this result, from the root of the source."""
-    words = ["htc-vlm", "train-and-eval", f"experiments/{wanted.experiment.name}.yaml", "--seeds", str(wanted.seed)]
+    words = ["python", "-m", "study", "train-and-eval", f"study/experiments/{wanted.experiment.name}.yaml", "--seeds", str(wanted.seed)]
     return shlex.join([*words, *(part for text in overrides for part in ("--set", text))])
 
 

@@ -12,7 +12,6 @@ import torch
 from htc_vlm.tiny import pictograms
 from study.linear_probe import Probed
 from study.probe import Label, as_markdown, closed_label, items, representations, run_probe, summary
-
 from tests import tiny_runs as tiny
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from htc_vlm_cli import main
-
+from study.__main__ import main
 from tests import tiny_runs as tiny
 
 

@@ -16,7 +16,6 @@ import yaml
 from htc_vlm.eval.task import make_task
 from study import answers
 from study.cli import train_and_eval
-
 from tests import tiny_runs
 
 N_QUESTIONS = 36  # of 3 scenes
