@@ -98,7 +98,8 @@ def depends_on_seed(experiment: Experiment) -> bool:
 
 def command_of(wanted: Wanted, overrides: Sequence[str]) -> str:
     """What to type to build this result, from the root of the source."""
-    words = ["python", "-m", "study", "train-and-eval", f"study/experiments/{wanted.experiment.name}.yaml", "--seeds", str(wanted.seed)]
+    row = f"study/experiments/{wanted.experiment.name}.yaml"
+    words = ["python", "-m", "study", "train-and-eval", row, "--seeds", str(wanted.seed)]
     return shlex.join([*words, *(part for text in overrides for part in ("--set", text))])
 
 
