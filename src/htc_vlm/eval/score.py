@@ -3,7 +3,8 @@
 Source:  VQA: GT-Vision-Lab/VQA vqaEval.py (version 2 of the punctuation list); TextVQA: the EvalAI processor that
          LLaVA's m4c_evaluator.py uses; POPE: AoiDragon/POPE evaluate.py, as in LLaVA's eval_pope.py; MME: the
          official eval_tool/calculation.py; ScienceQA, SEED, GQA: LLaVA's eval_science_qa.py and convert scripts;
-         MMBench: open-compass/VLMEvalKit can_infer and its circular rule.
+         MMBench: open-compass/VLMEvalKit can_infer and its circular rule. tests/golden/official/dev_scorers.json holds
+         what these scripts read in 221 predictions; each reader here gives the same.
 Differs: nothing is dropped from a denominator: an unreadable answer is wrong. MMBench's last resort (asking a chat
          model which option was meant) is left out, so an answer without a readable option is wrong there too.
 
@@ -222,49 +223,68 @@ def _lettered(options: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     return dict(zip(ascii_uppercase, options, strict=False))
 
 
+# The order of VLMEvalKit's rules; "answer is" takes the next letter, without asking for a word's end.
+_SCIENCEQA_LETTERS = tuple("ABCDE")  # eval_science_qa.py --options
+_OPTION_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
+_REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+             "I'm sorry, but without the image provided", "Cannot determine the answer")  # fmt: skip
+
+
 def option_letter(prediction: str, options: Mapping[str, str] | Sequence[str]) -> str | None:
-    """The one option that a free answer names, or None. Letters are upper case, as in the official code.
+    """Reads the one option that a free answer names, as VLMEvalKit's can_infer does; None where it reads none.
 
-    In this order: LLaVA's ScienceQA rules ("B", "B. ...", "The answer is B"); VLMEvalKit's rule that exactly one
-    option letter stands alone among the last five words (a bare "A" in a sentence may be an article and names
-    nothing); its rule that exactly one option's text occurs in the answer.
+    In this order: a refusal names nothing; exactly one option letter (upper case) stands alone, among the last five
+    words; "answer is X"; exactly one option's text occurs in the answer, which is at most twice as long as all texts
+    together. As there, an article counts as a letter ("A dog" names A), and so does the first letter after "answer is".
 
-    >>> [option_letter(text, ["cat", "dog"]) for text in ("B", "B. dog", "(A) cat", "A dog", "C", "cat or dog")]
-    ['B', 'B', 'A', 'B', None, None]
+    >>> [option_letter(text, ["cat", "dog"]) for text in ("Answer: A", "B. dog", "a dog", "A or B", "C", "cat or dog")]
+    ['A', 'B', 'B', None, None, None]
     """
     lettered = _lettered(options)
-    letter = scienceqa_letter(prediction, len(lettered)) or _standing_letter(prediction, lettered)
-    if letter is not None and letter in lettered:
-        return letter
+    if any(refusal in prediction for refusal in _REFUSALS):
+        return None
+    if "Failed to obtain answer via API" not in prediction:
+        letter = _standing_letter(prediction, lettered) or _after_answer_is(prediction, lettered)
+        if letter is not None:
+            return letter
+    texts = {letter: str(text).lower() for letter, text in lettered.items()}
     lower = prediction.lower()
-    named = [letter for letter, text in lettered.items() if str(text).strip() and str(text).lower() in lower]
+    if len(lower) > 2 * sum(map(len, texts.values())):
+        return None
+    named = [letter for letter, text in texts.items() if text and text in lower]
     return named[0] if len(named) == 1 else None
 
 
 def _standing_letter(prediction: str, lettered: Mapping[str, str]) -> str | None:
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
+    """The only option letter among the words, if it is one of the last five."""
+    words = prediction.translate(_OPTION_MARKS).split()
     standing = [letter for letter in lettered if letter in words]
-    if len(standing) != 1 or words.index(standing[0]) <= len(words) - 5:
-        return None
-    is_article = standing[0] == "A" and len(words) > 1 and "A" in prediction.split()
-    return None if is_article else standing[0]
+    return standing[0] if len(standing) == 1 and words.index(standing[0]) > len(words) - 5 else None
 
 
-def scienceqa_letter(prediction: str, n_choices: int) -> str | None:
-    """LLaVA's ScienceQA reading: "B", "B. because", "The answer is B"; anything else, or a letter not on offer: None.
+def _after_answer_is(prediction: str, lettered: Mapping[str, str]) -> str | None:
+    found = _ANSWER_IS.search(prediction)
+    letter = found.group(1).upper() if found else None
+    return letter if letter in lettered else None
+
+
+def scienceqa_letter(text: str, n_choices: int) -> str | None:
+    """Reads an option's letter as LLaVA's eval_science_qa.py does: "B", "B. because", one "The answer is B." (with a
+    character after the letter); anything else, two of these sentences, or a letter not on offer: None.
 
     >>> scienceqa_letter("The answer is B.", 3), scienceqa_letter("(B)", 3), scienceqa_letter("D", 3)
     ('B', None, None)
     """
-    text = prediction.replace("\n", ". ")
-    if text.strip() in ascii_uppercase and len(text.strip()) == 1:
-        letter = text.strip()
-    elif len(text) >= 3 and text[0] in ascii_uppercase and text[1:3] == ". ":
+    text = text.strip()  # LLaVA strips what the model said before it stores it
+    if text in _SCIENCEQA_LETTERS:
+        letter = text
+    elif len(text) >= 3 and text[0] in _SCIENCEQA_LETTERS and text[1:3] == ". ":
         letter = text[0]
     else:
-        found = re.search(r"The answer is ([A-E])", text)
-        letter = found.group(1) if found else ""
-    return letter if letter and letter in ascii_uppercase[:n_choices] else None
+        found = re.findall(r"The answer is ([A-Z]).", text)
+        letter = found[0] if len(found) == 1 else ""
+    return letter if letter in _SCIENCEQA_LETTERS[:n_choices] else None
 
 
 def circular_accuracy(rows: Iterable[tuple[int, bool]]) -> float:
@@ -286,13 +306,22 @@ def circular_accuracy(rows: Iterable[tuple[int, bool]]) -> float:
 # ------------------------------------------------------------------------------------------------ exact match
 
 
+def gqa_reads(prediction: str) -> str:
+    """An answer as LLaVA converts it for GQA: trailing periods off, lower case.
+
+    >>> gqa_reads(" Left.")
+    'left'
+    """
+    return prediction.strip().rstrip(".").lower()
+
+
 def gqa_match(prediction: str, answer: str) -> bool:
-    """GQA's exact match after LLaVA's conversion: trailing periods off, lower case.
+    """GQA's exact match after LLaVA's conversion.
 
     >>> gqa_match("Left.", "left"), gqa_match("the left", "left")
     (True, False)
     """
-    return prediction.strip().rstrip(".").lower() == answer
+    return gqa_reads(prediction) == answer
 
 
 def plain_match(prediction: str, answer: str) -> bool:

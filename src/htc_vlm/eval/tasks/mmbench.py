@@ -35,9 +35,9 @@ _FILE = "mmbench_dev_20230712.tsv"
 _STEP = 1_000_000
 
 
-def _is_none(value: str | None) -> bool:
-    """LLaVA's is_none: pandas reads an empty field as nan."""
-    return value is None or value.strip().lower() in ("", "nan", "none")
+def _is_empty(value: str | None) -> bool:
+    """pandas reads an empty field as nan, and some copies of the file were written from there. "None" is an option."""
+    return value is None or value.strip().lower() in ("", "nan")
 
 
 def _decode(base64_picture: str) -> Image.Image:
@@ -70,14 +70,13 @@ def _rows(path: Path) -> list[MmBenchRow]:
 
 
 def _row(fields: Mapping[str, Any]) -> MmBenchRow:
-    options: dict[str, str] = {}
-    for letter in "ABCD":
-        if _is_none(fields[letter]):
-            break
-        options[letter] = fields[letter]
+    options = {letter: fields[letter] for letter in "ABCDE" if not _is_empty(fields.get(letter))}
+    if list(options) != list("ABCDE"[: len(options)]):
+        raise ValueError(f"MMBench row {fields['index']} has an empty option before a filled one: {options}")
     if fields.get("answer") not in options:
         raise ValueError(f"MMBench row {fields['index']} has no usable answer: {fields.get('answer')!r} of {options}")
-    question = fields["question"] if _is_none(fields["hint"]) else f"{fields['hint']}\n{fields['question']}"
+    hint = fields.get("hint")
+    question = fields["question"] if _is_empty(hint) or hint.strip() == "None" else f"{hint}\n{fields['question']}"
     return MmBenchRow(int(fields["index"]), question, options, fields["answer"], fields["category"], fields["image"])
 
 
