@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from htc_vlm.eval.run import write_json
 from htc_vlm.eval.score import plain_match
 from htc_vlm.eval.task import Item, Task
+from htc_vlm.files import write_json
 from htc_vlm.tiny.questions import Question
 
 QUESTIONS = "questions"  # folder beside the tables in results/

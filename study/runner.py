@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 import htc_vlm
 from htc_vlm import compressors
-from htc_vlm.eval.run import write_json
 from htc_vlm.eval.run_info import provenance
+from htc_vlm.files import write_json
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import find, load

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "htc_vlm"
 
 HEIGHTS = {
-    "tokens": 0, "registry": 0, "settings": 0,
+    "tokens": 0, "registry": 0, "settings": 0, "files": 0,
     "ops": 1, "quantizers": 1,
     "compressors": 2, "data": 2, "convert": 2,
     "applied": 3, "tiny": 3,

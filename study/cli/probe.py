@@ -28,8 +28,8 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import load
     from htc_vlm.cli.eval import parse_compressor
-    from htc_vlm.eval.run import write_json
     from htc_vlm.eval.run_info import provenance
+    from htc_vlm.files import write_json
     from study.probe import as_markdown, run_probe
 
     model, processor = load(options.model, compressor=parse_compressor(options.compressor))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.files import FIGURES, check_output
+
 SUFFIXES = set(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .heic .svg .mpo".split())
 
 
@@ -22,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--save", type=Path, metavar="FILE", help="keep the compressed pictures")
     arguments.add_argument("--from", type=Path, dest="load", metavar="FILE", help="ask about pictures kept with --save")
     arguments.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what the bottleneck looked at")
+    arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     arguments.add_argument("--max-new-tokens", type=int, default=16)
     return arguments
 
@@ -66,9 +69,11 @@ def check(request: Request, options: argparse.Namespace) -> None:
         raise ValueError(f"an empty question; {example}")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
-    for file in (options.save, options.heatmap):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{file}: its folder does not exist; create it first")
+    read = [*request.pictures, *([options.load] if options.load is not None else [])]
+    if options.save is not None:
+        check_output(options.save, options.force, read)
+    if options.heatmap is not None:
+        check_output(options.heatmap, options.force, read, FIGURES)
     if not request.questions and options.save is None and options.heatmap is None:
         raise ValueError(f"no question given; {example}")
     if options.heatmap is not None and options.load is not None:

@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the compressed pictures go")
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     arguments.add_argument("--batch-size", type=int, default=16)
+    arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
 
 
@@ -27,12 +28,13 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import CompressedImages, load
     from htc_vlm.data.images import ImageError, load_for_model
+    from htc_vlm.files import check_output
     from htc_vlm.model.answering import Answerer
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
-    if not options.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{options.output}: its folder does not exist; create it first")
+    files = files_of(options.pictures)
+    check_output(options.output, options.force, files)
 
     model, processor = load(options.model)
     if not model.model.compressor.n_bottleneck:
@@ -42,7 +44,7 @@ def run(argv: list[str]) -> int:
     parts: list[CompressedImages] = []
     batch: list[Any] = []
     n_refused = 0
-    for file in files_of(options.pictures):
+    for file in files:
         try:
             batch.append(load_for_model(file))
             names.append(str(file))

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         help="the attention over each picture, or the paper's Figure 3: a row per picture, a column per token, all layers",
     )  # fmt: skip
     arguments.add_argument("--numbers", type=Path, metavar="OUT.json", help="write the shares per layer, too")
+    arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     return arguments
 
 
@@ -34,6 +35,11 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{len(labels)} labels for {len(models)} models; give one for each")
     if bool(options.pictures) == (options.samples is not None):
         raise ValueError("give picture files or --samples N, not both and not neither")
+    from htc_vlm.files import FIGURES, check_output
+
+    check_output(options.output, options.force, options.pictures, FIGURES)
+    if options.numbers is not None:
+        check_output(options.numbers, options.force, [*options.pictures, options.output], (".json",))
     from htc_vlm import load
     from htc_vlm.viz import attention_map
 
@@ -64,8 +70,8 @@ def _pictures(options: argparse.Namespace) -> tuple[list[Any], list[str]]:
 
 def _write_numbers(file: Path, models: list[str], looks: list[Any], names: list[str]) -> None:
     """Mean shares per layer, and what the tokens would get if attention were spread evenly."""
-    from htc_vlm.eval.run import write_json
     from htc_vlm.eval.run_info import provenance
+    from htc_vlm.files import MAKER, write_json
     from htc_vlm.viz.attention_map import shares
 
     rows = []
@@ -77,4 +83,4 @@ def _write_numbers(file: Path, models: list[str], looks: list[Any], names: list[
             "even_share_of_anchors": n_anchors / (n_anchors + n_patches + 1), "mean_of_layers": mean,
             "layers": shares(one.maps),
         })  # fmt: skip
-    write_json(file, {"pictures": names, "models": rows} | provenance())
+    write_json(file, {"made_by": MAKER, "pictures": names, "models": rows} | provenance())

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--question", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
     arguments.add_argument("--output", type=Path, required=True, metavar="OUT.png")
     arguments.add_argument("--model", default="tiny-upper", help="an uncompressed checkpoint (default: tiny-upper)")
+    arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     arguments.set_defaults(settings_for=cost.settings_for)
     return arguments
 
@@ -46,6 +47,9 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
 
 def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
+    from htc_vlm.files import FIGURES, check_output
+
+    check_output(options.output, options.force, [options.picture], FIGURES)
     from htc_vlm import load
     from htc_vlm.data.images import load_for_model
     from htc_vlm.model.modeling import sizes_of

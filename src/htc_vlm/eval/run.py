@@ -9,7 +9,6 @@ Layout of an output folder: <output>/<task>-<split>/{settings.json, answers.json
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from htc_vlm.eval.answers import (
 )
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.eval.task import Exports, HasBaselines, Item, Task, check_split, make_task
+from htc_vlm.files import write_json
 
 
 class Answerer(Protocol):
@@ -208,10 +208,3 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if different:
         told = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in different)
         raise AnswersError(f"{path.parent} holds answers made under other settings: {told}. Choose another --output")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

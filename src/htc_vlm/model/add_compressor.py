@@ -22,6 +22,7 @@ from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
 from htc_vlm.convert.mgvq import mgvq_state_dict
 from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.generation_defaults import check_defaults
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 
@@ -72,6 +73,7 @@ def with_compressor(
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     _check_fit(path, info)
+    check_defaults(model.generation_config, path)
     if base.state is not None:  # the original's generate never meets <image>; ours could write it
         model.generation_config.suppress_tokens = [model.config.image_token_id]
     if model.model.compressor.n_bottleneck:

@@ -8,6 +8,7 @@ Differs: training runs the paper's one masked pass; inference runs two (compress
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from htc_vlm import compressors
 from htc_vlm.applied import hf_compat
 from htc_vlm.applied.hf_compat import n_patches
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
+from htc_vlm.files import open_to_umask
 from htc_vlm.model import fast_prefill
 from htc_vlm.model.configuration import HtcVlmConfig
+from htc_vlm.model.generation_defaults import drop_ignored
 from htc_vlm.model.prefusion import ImagesToFuse, fuse
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
@@ -56,8 +59,14 @@ class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names."""
+        """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names. Generation
+        defaults that are ignored are left out (they would be refused), and files are readable as the umask says."""
+        if self.can_generate():
+            drop_ignored(self.generation_config)
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        folder = Path(kwargs["save_directory"] if "save_directory" in kwargs else args[0])
+        if folder.is_dir():
+            open_to_umask(folder)
 
 
 class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from htc_vlm.files import replacing
+
 FORMAT = "htc-vlm compressed images 1"
 
 
@@ -88,10 +90,9 @@ class CompressedImages:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; an existing file is replaced only when the new one is complete."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         meta = {"format": FORMAT, "about": json.dumps({"fingerprint": self.fingerprint, "n_visual": self.n_visual})}
-        save_file({"kv": self.kv.contiguous()}, partial, metadata=meta)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({"kv": self.kv.contiguous()}, partial, metadata=meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> CompressedImages:

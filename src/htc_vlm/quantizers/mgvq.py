@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from htc_vlm.files import replacing, write_text
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -204,8 +206,9 @@ class MGVQ(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        with replacing(folder / WEIGHTS_FILE) as partial:
+            save_file({key: value.contiguous() for key, value in self.state_dict().items()}, partial)
+        write_text(folder / CONFIG_FILE, json.dumps(asdict(self.settings), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> MGVQ:

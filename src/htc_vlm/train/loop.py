@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from htc_vlm.files import save_figure
 from htc_vlm.train.stages import Stage, freeze, trainable_table
 
 
@@ -292,5 +293,5 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
         axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.2)
     axes.set(title=f"training loss: {title}", xlabel="step", ylabel="loss (nats per answer token)")
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    save_figure(figure, picture, dpi=120)
     plt.close(figure)

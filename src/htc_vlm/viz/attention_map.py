@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from htc_vlm.files import save_figure
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 
@@ -132,7 +133,7 @@ def draw_pictures(looks: Sequence[Look], pictures: Sequence[Image.Image], names:
             over.set_title(f"{one.label}\n{what}" if one.label else what, fontsize=9)
             over.axis("off")
             _bars(bars, one.maps, i)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file, dpi=110)
     plt.close(figure)
 
 
@@ -164,7 +165,7 @@ def draw_rows(looks: Sequence[Look], names: Sequence[str], file: str | Path) -> 
         figure.colorbar(image, ax=panels[-1], pad=0.01).ax.tick_params(labelsize=6)
     for axes in grid[-1]:
         axes.set_xlabel("anchors, then patches in reading order", fontsize=8)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, dpi=130)
     plt.close(figure)
 
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from htc_vlm.applied.apply import apply
+from htc_vlm.files import save_figure
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
@@ -177,5 +178,5 @@ def draw(picture: Image.Image, found: list[Stage], title: str, file: str | Path)
     for axis in axes[0]:
         axis.axis("off")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(file, dpi=100)
+    save_figure(figure, file, dpi=100)
     plt.close(figure)
