@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from htc_vlm.cli.cost import settings_for
 from htc_vlm.eval.run import Ask, batches, write_json
 from htc_vlm.eval.run_info import provenance
 from study import evaluating
@@ -114,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         where = study.Study(
             work=Path(work), results=options.output.parent, cache=options.cache or Path(work) / "cache", data=data,
-            device=options.device, batch_size=N_QUESTIONS, settings_for=settings_for,
+            device=options.device, batch_size=N_QUESTIONS,
         )  # fmt: skip
         result: dict[str, Any] = {
             "rows": measure(build(rows_of(options.experiments), where), options.rounds),

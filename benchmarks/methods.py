@@ -29,7 +29,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 import htc_vlm
 from htc_vlm import compressors
-from htc_vlm.cli import cost as costs
+from htc_vlm.applied import cost_table
 from htc_vlm.compressors import COMPRESSORS, Compressor
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
@@ -38,24 +38,6 @@ from htc_vlm.model.modeling import sizes_of
 from htc_vlm.ops import cost
 
 IMAGE, BOTTLENECK = 998, 999  # placeholders in the CPU shape's vocabulary of 1,000
-# Each method that makes its settings from a budget, and what is set besides.
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("random_drop", {}),
-    ("avg_pool", {}),
-    ("divprune", {}),
-    ("visionzip", {}),
-    ("tome", {}),
-    ("tome", {"place": "after_tower"}),
-    ("qformer", {}),
-    ("llava_mini", {}),
-    ("llava_mini", {"n_fusion": 0}),
-    ("fastv", {}),
-    ("pyramid_drop", {}),
-    ("sparse_vlm", {}),
-    ("sparse_vlm", {"plus": True}),
-    ("voco", {}),
-    ("htc", {}),
-)
 
 
 @dataclass(frozen=True)
@@ -153,13 +135,23 @@ def twin(model: HtcVlmForConditionalGeneration, compressor: dict[str, Any]) -> H
     return made.eval().requires_grad_(False)
 
 
+def methods() -> list[tuple[str, dict[str, Any]]]:
+    """Every registered method that reduces tokens, and its variants: name, and what is set besides a budget."""
+    names = [name for name in compressors.names() if name != "none"]
+    return [(name, besides) for name in names for besides in ({}, *compressors.get(name).VARIANTS)]
+
+
 def contenders(shape: Shape, model: HtcVlmForConditionalGeneration, budgets: list[int]) -> list[Contender]:
     """`none`, then every method at every budget."""
     sizes, n_layers = sizes_of(shape.config), shape.config.text_config.num_hidden_layers
     found = [Contender("none", {}, None, compressors.build("none"), model, False)]
     for budget in budgets:
-        for name, besides in METHODS:
-            made = shape.instead.get(name) or costs.settings_for(name, budget, sizes.n_patches, n_layers)
+        for name, besides in methods():
+            try:
+                made = shape.instead.get(name) or compressors.get(name).for_budget(budget, sizes.n_patches, n_layers)
+            except ValueError as error:
+                print(f"left out: {name} at {budget} tokens ({error})", flush=True)
+                continue
             settings = {**made, **shape.own.get(name, {}), **besides}
             method = compressors.build(name, **settings)
             has_weights = COMPRESSORS.get(name) not in applied_methods()
@@ -248,7 +240,7 @@ def count(contender: Contender, ids: Tensor, pixels: Tensor) -> int:
 def row(contender: Contender, times: Times, flops: int, n_text: int, n_new: int, shape: cost.DecoderShape) -> dict[str, Any]:
     """What is known of one contender, before ratios."""
     n_patches = sizes_of(contender.model.config).n_patches
-    promised = costs.row_of(contender.method, contender.settings, n_patches, shape, n_text)
+    promised = cost_table.row_of(contender.method, contender.settings, n_patches, shape, n_text)
     cached = contender.method.cached_tokens(n_patches, shape.n_layers)
     return {
         "method": contender.name,

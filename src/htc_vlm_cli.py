@@ -4,8 +4,9 @@ Source:  ours.
 Differs: nothing known.
 
 A command is `cli/NAME.py` (with _ for -) with `run(argv: list[str]) -> int`. Nothing is imported before the command is
-known, so `htc-vlm --help` answers at once, without torch (which is why this file stands outside the package: importing
-`htc_vlm` registers the model with transformers). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
+known, and a command imports torch inside `run`, after its arguments are parsed: `htc-vlm --help` and `htc-vlm ask --help`
+answer at once (which is why this file stands outside the package: importing `htc_vlm` registers the model with transformers,
+unless a command does it). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ MOVED = {
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
+is_running = False  # tells the package that a command imports it, which then leaves torch for later
 
 
 def available() -> dict[str, str]:
@@ -97,6 +99,8 @@ def unknown(name: str, commands: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 2 refused, 130 interrupted."""
+    global is_running
+    is_running = True
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = available()
     if not arguments:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -43,7 +43,6 @@ from study.definitions import Experiment
 QUANTIZER = "model.compressor.quantizer."
 # Settings of the loop that change no weight.
 WITHOUT_EFFECT = ("seed", "save_every", "log_every", "workers")
-SettingsFor = Callable[[str, int, int, int], dict[str, Any]]  # method, tokens, patches, layers -> settings
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Study:
     data: Path
     device: str
     batch_size: int
-    settings_for: SettingsFor
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ def resolved_method(experiment: Experiment, seed: int, study: Study) -> tuple[di
     try:
         if share is not None:
             tokens = tokens_of_share(share, n_patches)
-            given = {**study.settings_for(name, tokens, n_patches, n_layers), **given}
+            given = {**compressors.get(name).for_budget(tokens, n_patches, n_layers), **given}
         compressors.build(name, **given).schedule(n_patches, n_layers)
     except ValueError as error:
         return named, str(error)

@@ -163,7 +163,6 @@ def make_study(args: argparse.Namespace) -> Any:
     """Where things lie, and on what they run."""
     import torch
 
-    from htc_vlm.cli.cost import settings_for
     from study.runner import Study
 
     data = args.data or Path(os.environ.get("HTC_VLM_DATA", "data"))
@@ -171,7 +170,7 @@ def make_study(args: argparse.Namespace) -> Any:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Study(
         work=args.work, results=args.output, cache=args.cache or args.work / "cache", data=data, device=device,
-        batch_size=args.batch_size, settings_for=settings_for,
+        batch_size=args.batch_size,
     )  # fmt: skip
 
 

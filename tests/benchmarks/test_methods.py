@@ -51,8 +51,8 @@ def test_every_method_that_has_a_budget_is_in_the_run(methods: ModuleType, resul
     """A method added later would be missing from the comparison without anybody noticing."""
     from htc_vlm import compressors
 
-    assert {name for name, _ in methods.METHODS} | {"none"} == set(compressors.names())
-    assert len(result["rows"]) == 1 + len(methods.METHODS)
+    assert {name for name, _ in methods.methods()} | {"none"} == set(compressors.names())
+    assert len(result["rows"]) == 1 + len(methods.methods())
 
 
 def test_ratios_are_to_none_of_the_same_run(result: dict[str, Any]) -> None:

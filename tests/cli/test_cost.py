@@ -6,14 +6,16 @@ import json
 
 import pytest
 
+from htc_vlm import compressors
+from htc_vlm.applied import cost_table
 from htc_vlm.cli import cost
 from htc_vlm.ops.cost import LLAMA_7B
 
 SUFFIX = {("plus",): "+", ("n_fusion",): " without pre-fusion"}
 
 
-def table(budget: int) -> dict[str, cost.Row]:
-    rows, missing = cost.rows(budget, 576, LLAMA_7B, n_text=40)
+def table(budget: int) -> dict[str, cost_table.Row]:
+    rows, missing = cost_table.rows(budget, 576, LLAMA_7B, n_text=40)
     assert missing == {}
     return {row.method + SUFFIX.get(tuple(row.settings)[-1:], ""): row for row in rows}
 
@@ -57,7 +59,7 @@ def test_flops_and_bytes_of_llava() -> None:
 
 def test_pre_fusion_costs_what_its_layers_cost() -> None:
     """LLaVA-Mini's one token would look free: 1.96 TFLOPs with pre-fusion, 0.96 without (docs/specs/baselines.md section 8)."""
-    rows, _ = cost.rows(1, 576, LLAMA_7B, n_text=40)
+    rows, _ = cost_table.rows(1, 576, LLAMA_7B, n_text=40)
     with_it, without = (row for row in rows if row.method == "llava_mini")
     assert with_it.prefill_tflops - without.prefill_tflops == pytest.approx(1.96 - 0.96, abs=0.05)
     assert (with_it.question_independent, without.question_independent) == (False, True)
@@ -77,3 +79,36 @@ def test_impossible_budgets_are_refused() -> None:
     """577 of 576."""
     with pytest.raises(ValueError, match="1 to 576"):
         cost.run(["llava-1.5-7b", "--budget", "577"])
+
+
+def test_a_budget_may_be_a_share_of_the_patches() -> None:
+    """"11 % of the tokens" is how papers name budgets; 64 of 576 is 11.1 %."""
+    assert compressors.get("divprune").for_budget(0.11, 576, 32) == {"n_keep": 63}
+    assert compressors.get("fastv").for_budget(64 / 576, 576, 32) == {"n_keep": 30, "layer": 2}
+    assert compressors.get("visionzip").for_budget(64, 576, 32) == {"n_dominant": 54, "n_contextual": 10}
+
+
+@pytest.mark.parametrize("wrong", [0, 577, 1.5, -0.1, True])
+def test_a_budget_outside_the_patches_is_refused_by_every_method(wrong: float) -> None:
+    """A share written as a percentage must not become a number of tokens."""
+    for name in compressors.names():
+        if name != "none":  # keeps all, whatever the budget
+            with pytest.raises(ValueError, match=f"{name}: a budget is 1 to 576 tokens, or a share"):
+                compressors.get(name).for_budget(wrong, 576, 32)
+
+
+def test_the_scaled_tables_are_named_in_tokens_of_this_model() -> None:
+    """The refusal of 32 of 64 tokens spoke of budget=288, which nobody had given."""
+    with pytest.raises(ValueError, match="tables for 12, 8, 6, 4 of 36 tokens, not for 10"):
+        compressors.get("sparse_vlm").for_budget(10, 36, 8)
+    assert compressors.get("sparse_vlm").for_budget(12, 36, 8) == {"layers": (0, 1, 3), "keep": (19, 12, 7)}
+
+
+def test_a_method_without_budgets_says_what_to_give_instead() -> None:
+    """The default of a new method."""
+
+    class Mine(compressors.Compressor):
+        name = "mine"
+
+    with pytest.raises(ValueError, match="mine has no settings for a budget; give its own settings instead: none"):
+        Mine.for_budget(64, 576, 32)

@@ -118,3 +118,31 @@ def test_no_command_prints_the_usage_and_refuses(capsys: pytest.CaptureFixture[s
     assert cli.main([]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("usage:")
+
+
+def test_the_help_of_no_command_imports_torch() -> None:
+    """`htc-vlm ask --help` took six seconds. test_layers.py reads the same from the files; this runs them."""
+    code = (
+        "import contextlib, io, sys\nimport htc_vlm_cli as cli\n"
+        "for name in cli.available():\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):\n"
+        "        cli.main([name, '--help'])\n"
+        "    assert out.getvalue().startswith('usage: htc-vlm ' + name), out.getvalue()\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_come_when_a_command_asks_for_them() -> None:
+    """A command that puts off the imports must find the same names, and the Auto classes must know the model."""
+    code = (
+        "import sys, htc_vlm_cli\nhtc_vlm_cli.is_running = True\nimport htc_vlm\n"
+        "assert 'torch' not in sys.modules\n"
+        "from htc_vlm import CompressedImages, apply, compressors, load\n"
+        "assert compressors.apply is apply and 'htc' in compressors.names()\n"
+        "from transformers import AutoConfig\nassert AutoConfig.for_model('htc_vlm').model_type == 'htc_vlm'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

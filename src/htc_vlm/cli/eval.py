@@ -15,6 +15,7 @@ from typing import Any
 
 from htc_vlm.eval.run import run_task
 from htc_vlm.eval.task import Task, find_tasks, make_task
+from htc_vlm.settings import budget
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method", metavar="NAME", help="applied to the uncompressed model, e.g. fastv with --budget (or JSON with settings)"
     )
-    parser.add_argument("--budget", type=int, help="with --method: visual tokens, mean over layers; sets its settings")
+    parser.add_argument("--budget", type=budget,
+                        help="with --method: tokens (mean over layers) or a share such as 0.11")  # fmt: skip
     parser.add_argument("--task", required=True, help=f"one or more, by commas: {', '.join(find_tasks().names())}")
     parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA or data)")
     parser.add_argument("--output", type=Path, default=Path("runs/eval"), help="where answers and results go")
@@ -76,11 +78,12 @@ def _method(args: argparse.Namespace, model: Any) -> dict[str, Any] | None:
         if args.budget is not None:
             raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
         return method
-    from htc_vlm.cli.cost import settings_for
+    from htc_vlm import compressors
     from htc_vlm.model.modeling import sizes_of
 
     n_layers = model.config.text_config.num_hidden_layers
-    return {**settings_for(method["name"], args.budget, sizes_of(model.config).n_patches, n_layers), **method}
+    made = compressors.get(method["name"]).for_budget(args.budget, sizes_of(model.config).n_patches, n_layers)
+    return {**made, **method}
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:

@@ -12,22 +12,21 @@ from typing import Any
 
 import yaml
 
+from htc_vlm.settings import budget
+
 QUESTION = "what is at the top left ?"
 
 
 def parser() -> argparse.ArgumentParser:
-    from htc_vlm.cli import cost
-
     arguments = argparse.ArgumentParser(prog="htc-vlm token-map", description="Draw which patch went into which token.")
     arguments.add_argument("picture", type=Path)
     arguments.add_argument("--method", required=True, help="one that needs no training, e.g. tome, fastv, sparse_vlm")
-    arguments.add_argument("--budget", type=int, help="visual tokens, mean over layers; sets the method's settings")
+    arguments.add_argument("--budget", type=budget, help="visual tokens, mean over layers, or a share; sets the settings")
     arguments.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, e.g. n_keep=12")
     arguments.add_argument("--question", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
     arguments.add_argument("--output", type=Path, required=True, metavar="OUT.png")
     arguments.add_argument("--model", default="tiny-upper", help="an uncompressed checkpoint (default: tiny-upper)")
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
-    arguments.set_defaults(settings_for=cost.settings_for)
     return arguments
 
 
@@ -50,7 +49,7 @@ def run(argv: list[str]) -> int:
     from htc_vlm.files import FIGURES, check_output
 
     check_output(options.output, options.force, [options.picture], FIGURES)
-    from htc_vlm import load
+    from htc_vlm import compressors, load
     from htc_vlm.data.images import load_for_model
     from htc_vlm.model.modeling import sizes_of
     from htc_vlm.viz import token_map
@@ -60,7 +59,8 @@ def run(argv: list[str]) -> int:
     n_layers = model.config.text_config.num_hidden_layers
     settings: dict[str, Any] = {}
     if options.budget is not None:
-        settings = options.settings_for(options.method, options.budget, sizes_of(model.config).n_patches, n_layers)
+        n_patches = sizes_of(model.config).n_patches
+        settings = compressors.get(options.method).for_budget(options.budget, n_patches, n_layers)
     settings |= settings_of(options.set)
     found = token_map.record(model, processor, picture, options.question, options.method, settings)
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())

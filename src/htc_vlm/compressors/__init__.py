@@ -19,7 +19,9 @@ from htc_vlm.compressors.base import (
     PruneStep,
     Sizes,
     TowerView,
+    budget_tokens,
     build,
+    get,
 )
 
 for _module in pkgutil.iter_modules(__path__):
@@ -42,6 +44,8 @@ __all__ = [
     "AttentionView",
     "Sizes",
     "TowerView",
+    "budget_tokens",
     "build",
+    "get",
     "names",
 ]

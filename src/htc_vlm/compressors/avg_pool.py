@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_choice, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, budget_tokens, check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class AvgPool(Compressor):
     PAPER = "VoCo-LLaMA, arXiv:2406.12275 (baseline)"
     ACTS = "before the LLM"
     TRAINED = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """The nearest square number."""
+        return {"n_tokens": round(math.sqrt(budget_tokens(cls.name, budget, n_patches))) ** 2}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

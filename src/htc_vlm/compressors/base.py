@@ -127,11 +127,22 @@ class Compressor(nn.Module):
     PAPER: ClassVar[str] = ""  # for the README's table of methods
     ACTS: ClassVar[str] = ""  # where: "before the LLM", "bottleneck", "inside the LLM"
     TRAINED: ClassVar[bool] = True  # does it need training? Most that do not can be trained, too
+    VARIANTS: ClassVar[tuple[dict[str, Any], ...]] = ()  # shown beside the method in tables: what is set besides the budget
     QUESTION_INDEPENDENT: ClassVar[bool] = True  # may its result be cached and shared by all questions?
 
     def __init__(self, settings: Any) -> None:
         super().__init__()
         self.settings = settings
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """The settings with which the method has `budget` visual tokens, mean over layers.
+
+        budget: a number of tokens, or a share of the patches between 0 and 1 (`budget_tokens` reads both). ValueError
+        where none are known.
+        """
+        known = ", ".join(field.name for field in fields(cls.Settings)) or "none"
+        raise ValueError(f"{cls.name} has no settings for a budget; give its own settings instead: {known}")
 
     def setup(self, sizes: Sizes) -> None:
         """Create the weights, if any. Called once by the model."""
@@ -226,6 +237,10 @@ class Compressor(nn.Module):
         """Tokens of one image whose keys and values each layer keeps for the questions."""
         return [self.n_bottleneck] * n_layers if self.n_bottleneck else self.schedule(n_patches, n_layers)
 
+    def authors_tokens(self, schedule: Sequence[int]) -> float | None:
+        """What the method's authors call its number of tokens, where they do not take the mean of `schedule`."""
+        return float(self.n_bottleneck) if self.n_bottleneck else None
+
     def to_dict(self) -> dict[str, Any]:
         """Name and every setting, ready for JSON; `build(**that)` gives the same method."""
         return {"name": self.name, **asdict(self.settings)}
@@ -254,14 +269,32 @@ def last_token(layout: TokenLayout) -> Tensor:
     return column == last
 
 
+def get(name: str) -> type[Compressor]:
+    """The class of a method; ValueError lists what is known."""
+    return COMPRESSORS.get(name)
+
+
 def build(name: str, **settings: Any) -> Compressor:
     """A compressor by name. ValueError for an unknown name or setting, naming what is known."""
-    cls: Any = COMPRESSORS.get(name)
+    cls: Any = get(name)
     known = [field.name for field in fields(cls.Settings)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
     return cls(cls.Settings(**settings))
+
+
+def budget_tokens(method: str, budget: float, n_patches: int) -> int:
+    """A budget in tokens: a whole number of 1 to n_patches as it is, a share between 0 and 1 of n_patches, at least 1.
+
+    >>> budget_tokens("fastv", 64, 576), budget_tokens("fastv", 0.11, 576), budget_tokens("fastv", 0.001, 576)
+    (64, 63, 1)
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool) and 1 <= budget <= n_patches:
+        return budget
+    if isinstance(budget, float) and 0 < budget < 1:
+        return max(1, round(budget * n_patches))
+    raise ValueError(f"{method}: a budget is 1 to {n_patches} tokens, or a share between 0 and 1 of them; got {budget!r}")
 
 
 def check_count(method: str, what: str, value: int, at_least: int = 1, at_most: int | None = None) -> None:

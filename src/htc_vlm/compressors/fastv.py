@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, budget_tokens, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.select import keep_top
 
@@ -32,6 +32,17 @@ class FastV(AppliedOnly):
     PAPER = "FastV, arXiv:2403.06764"
     ACTS = "inside the LLM"
     QUESTION_INDEPENDENT = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """The paper's layer 2 of 32, or as deep in other models.
+
+        >>> FastV.for_budget(64, n_patches=576, n_layers=32)
+        {'n_keep': 30, 'layer': 2}
+        """
+        layer = max(1, round(2 * n_layers / schedules.PUBLISHED_LAYERS))
+        n_tokens = budget_tokens(cls.name, budget, n_patches)
+        return {"n_keep": schedules.fastv_keep(n_patches, n_layers, n_tokens, layer), "layer": layer}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

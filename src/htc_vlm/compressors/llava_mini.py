@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, Sizes, check_choice, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, Sizes, budget_tokens, check_choice, check_count
 
 QUERY_STD = 0.02
 
@@ -48,8 +48,14 @@ class LlavaMini(Compressor):
         {"n_tokens": 4, "n_fusion": 0},
     )
     PAPER = "LLaVA-Mini, arXiv:2501.03895"
+    VARIANTS = ({"n_fusion": 0},)
     ACTS = "before the LLM"
     QUESTION_INDEPENDENT = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """The nearest square number."""
+        return {"n_tokens": round(math.sqrt(budget_tokens(cls.name, budget, n_patches))) ** 2}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

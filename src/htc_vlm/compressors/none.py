@@ -6,6 +6,8 @@ Differs: nothing; a test checks equal logits and generations on the same checkpo
 
 from __future__ import annotations
 
+from typing import Any
+
 from htc_vlm.compressors.base import COMPRESSORS, Compressor
 
 
@@ -15,3 +17,7 @@ class NoCompression(Compressor):
     PAPER = "LLaVA-1.5, arXiv:2310.03744"
     ACTS = "nowhere"
     TRAINED = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        return {}  # all patches, whatever the budget

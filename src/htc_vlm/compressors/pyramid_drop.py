@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, PruneStep, budget_tokens, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.select import keep_top
 
@@ -35,6 +35,17 @@ class PyramidDrop(AppliedOnly):
     PAPER = "PyramidDrop, arXiv:2410.17247"
     ACTS = "inside the LLM"
     QUESTION_INDEPENDENT = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """Stages 2, 8, 16 of 32 layers, or as deep in other models, and the ratio that comes nearest."""
+        n_tokens = budget_tokens(cls.name, budget, n_patches)
+        published = (n_patches, n_layers) == (schedules.PUBLISHED_PATCHES, schedules.PUBLISHED_LAYERS)
+        if published and n_tokens in schedules.PYRAMID_DROP:
+            stages, ratio = schedules.PYRAMID_DROP[n_tokens]
+            return {"stages": stages, "ratio": ratio}
+        stages = tuple(max(1, round(stage * n_layers / schedules.PUBLISHED_LAYERS)) for stage in (2, 8, 16))
+        return {"stages": stages, "ratio": schedules.pyramid_drop_ratio(n_patches, n_layers, stages, n_tokens)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

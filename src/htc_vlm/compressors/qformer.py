@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, Sizes, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, Sizes, budget_tokens, check_count
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class QFormer(Compressor):
     )
     PAPER = "BLIP-2, arXiv:2301.12597"
     ACTS = "before the LLM"
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        return {"n_queries": budget_tokens(cls.name, budget, n_patches)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, budget_tokens, check_count
 from htc_vlm.ops.select import keep_random
 
 
@@ -34,6 +34,10 @@ class RandomDrop(Compressor):
     PAPER = "control"
     ACTS = "before the LLM"
     TRAINED = False
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        return {"n_keep": budget_tokens(cls.name, budget, n_patches)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

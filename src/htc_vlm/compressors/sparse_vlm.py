@@ -12,6 +12,7 @@ Differs: the numbers of tokens come from the released tables, not from the paper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, Merge, PruneStep, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, Merge, PruneStep, budget_tokens, check_count
 from htc_vlm.ops import schedules
 from htc_vlm.ops.cluster import density_noise, dpc_knn_assign
 from htc_vlm.ops.select import gather_tokens, keep_top
-from htc_vlm.tokens import TokenLayout
+from htc_vlm.tokens import TokenLayout, equivalent_tokens
 
 DEFAULT_BUDGET = 192
 
@@ -54,18 +55,37 @@ class SparseVlm(AppliedOnly):
     PAPER = "SparseVLM, arXiv:2410.04417"
     ACTS = "inside the LLM"
     QUESTION_INDEPENDENT = False
+    VARIANTS = ({"plus": True},)
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """A released table; in other models than 576 patches and 32 layers, the table of the same share, scaled."""
+        n_tokens = budget_tokens(cls.name, budget, n_patches)
+        if (n_patches, n_layers) == (schedules.PUBLISHED_PATCHES, schedules.PUBLISHED_LAYERS):
+            schedules.sparse_vlm_budget(n_tokens, n_patches, n_layers)
+            return {"budget": n_tokens}
+        tables = {round(share * n_patches / schedules.PUBLISHED_PATCHES): share for share in schedules.SPARSE_VLM}
+        if n_tokens not in tables:
+            known = ", ".join(map(str, sorted(tables, reverse=True)))
+            raise ValueError(
+                f"sparse_vlm has released tables for {known} of {n_patches} tokens, not for {n_tokens}; or give layers and keep"
+            )
+        scaled = schedules.sparse_vlm_scaled(tables[n_tokens], n_patches, n_layers)
+        return {"layers": scaled.layers, "keep": scaled.keep}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         if (settings.layers is None) != (settings.keep is None):
             raise ValueError("sparse_vlm: layers and keep go together, one number per layer; give both, or budget")
         if settings.budget is not None and settings.layers is not None:
-            raise ValueError(
-                f"sparse_vlm: budget={settings.budget} excludes explicit layers and keep; give one of them"
-            )
+            raise ValueError(f"sparse_vlm: budget={settings.budget} excludes explicit layers and keep; give one of them")
         for layer in settings.layers or ():
             check_count(self.name, "layers", layer, at_least=0)
         check_count(self.name, "n_heads", settings.n_heads)
+
+    def authors_tokens(self, schedule: Sequence[int]) -> float:
+        """Tokens leaving each layer."""
+        return equivalent_tokens(schedules.leaving(schedule))
 
     def plan(self, n_patches: int, n_layers: int) -> schedules.SparseVlmSettings:
         """Layers and tokens to keep for a model; ValueError where the published tables do not apply."""

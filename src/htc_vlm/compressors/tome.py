@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, check_choice, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, budget_tokens, check_choice, check_count
 from htc_vlm.ops.merge import TokenMerge, bipartite_soft_matching, halving_list, merge_list, patches_after
 
 PLACES = ("tower", "after_tower")
@@ -48,7 +48,12 @@ class Tome(AppliedOnly):
         {"n_keep": 4},
     )
     PAPER = "ToMe, arXiv:2210.09461"
+    VARIANTS = ({"place": "after_tower"},)
     ACTS = "inside the vision tower"
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        return {"n_keep": budget_tokens(cls.name, budget, n_patches)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, TowerView, check_count
+from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, ImageFeatures, TowerView, budget_tokens, check_count
 from htc_vlm.ops.merge import ContextualMerge, contextual_merge
 from htc_vlm.ops.select import gather_tokens, keep_top
 
@@ -33,6 +33,15 @@ class VisionZip(AppliedOnly):
     EXAMPLES = ({"n_dominant": 3, "n_contextual": 2}, {"n_dominant": 2, "n_contextual": 1})
     PAPER = "VisionZip, arXiv:2412.04467"
     ACTS = "before the LLM"
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """Shares as in the released 162 + 30, 108 + 20 and 54 + 10."""
+        n_tokens = budget_tokens(cls.name, budget, n_patches)
+        if n_tokens < 2:
+            raise ValueError("visionzip: 2 tokens are the fewest, the class token and the patch that it looks at most")
+        n_dominant = max(2, round(n_tokens * 27 / 32))
+        return {"n_dominant": n_dominant, "n_contextual": max(0, n_tokens - n_dominant)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -62,9 +71,7 @@ class VisionZip(AppliedOnly):
         dominant = keep_top(view.class_attention, self.settings.n_dominant - 1)
         is_left = torch.ones(n_images, n_patches, dtype=torch.bool, device=features.device).scatter(1, dominant, False)
         left = is_left.nonzero()[:, 1].view(n_images, -1)
-        contextual = contextual_merge(
-            gather_tokens(features, left), gather_tokens(view.keys, left), self.settings.n_contextual
-        )
+        contextual = contextual_merge(gather_tokens(features, left), gather_tokens(view.keys, left), self.settings.n_contextual)
         return dominant, left, contextual, view
 
     def source(self, images: ImageFeatures) -> Tensor:

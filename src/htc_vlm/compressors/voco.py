@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, check_choice, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, budget_tokens, check_choice, check_count
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
 
@@ -30,6 +30,11 @@ class Bottleneck(Compressor):
     """What all bottleneck methods share: K tokens per image, a mask, and a numbering."""
 
     ACTS = "bottleneck"
+
+    @classmethod
+    def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
+        """As many tokens in the cache; while it is compressed, the language model reads all patches."""
+        return {"n_bottleneck": budget_tokens(cls.name, budget, n_patches)}
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

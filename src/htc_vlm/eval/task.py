@@ -73,7 +73,7 @@ def find_tasks() -> Registry:
     """Import every file of eval/tasks/ (one file = one benchmark) and return the filled registry."""
     package = import_module("htc_vlm.eval.tasks")
     for module in iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+        import_module(f"htc_vlm.eval.tasks.{module.name}")
     return TASKS
 
 
