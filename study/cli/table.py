@@ -21,10 +21,8 @@ from study.study_tables import (
     retention_grid,
     scores_grid,
 )
-from study.tables import render, to_csv, to_markdown
+from study.tables import to_csv, to_markdown
 
-# Rows of Table 1 in the paper's order; other rows follow by name.
-ORDER = ("upper-bound", "qformer", "avg-pool", "voco", "htc", "lower-bound")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
@@ -45,7 +43,7 @@ def study_markdown(study: StudyTable) -> str:
 def run(argv: list[str]) -> int:
     """Print a table; "paper" is the paper's Tables 1, 2 and 4; the others are those of study/experiments/tables.yaml."""
     parser = argparse.ArgumentParser(prog="python -m study table", description=run.__doc__)
-    parser.add_argument("name", help="'paper', or a table of the study such as table1, or a folder of --results")
+    parser.add_argument("name", help="'paper', or a table of the study such as table1")
     parser.add_argument("--results", type=Path, default=Path("study/results"), help="where the result files are")
     parser.add_argument("--experiments", type=Path, default=EXPERIMENTS, help="where the rows are defined")
     parser.add_argument("--format", choices=("markdown", "csv", "png"), default="markdown")
@@ -57,7 +55,7 @@ def run(argv: list[str]) -> int:
         if args.format != "markdown":
             raise ValueError("the paper's tables are printed as markdown only")
         text = paper_markdown()
-    elif (args.experiments / TABLES).is_file() and args.name in read_tables(args.experiments):
+    elif args.name in read_tables(args.experiments):
         study = load_table(args.name, args.experiments, args.results)
         if args.format == "png":
             from study.plots import draw
@@ -65,11 +63,9 @@ def run(argv: list[str]) -> int:
             draw(study, args.output)
             return 0
         text = study_markdown(study) if args.format == "markdown" else to_csv(csv_grid(study))
-    elif args.format == "png":
-        raise ValueError(f"{args.name} is no table of {args.experiments / TABLES}, and only those have a plot")
     else:
-        lines = render(args.results / args.name, ORDER)
-        text = to_markdown(lines) + "\n" if args.format == "markdown" else to_csv(lines)
+        known = ", ".join(("paper", *read_tables(args.experiments)))
+        raise ValueError(f"no table {args.name!r} in {args.experiments / TABLES}; there are: {known}")
     if args.output is None:
         print(text, end="")
     else:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from htc_vlm.cli import eval as eval_command
 from htc_vlm.eval.retention import retention_between, retention_of_upper, row_mean
 from study.cli import table
 from study.paper import elsewhere_rows, paper_markdown, table1_rows, table2_rows
-from study.tables import read_results, render
 
 ROWS = {row.name: row for row in [*table1_rows(), *table2_rows()]}
 
@@ -79,44 +75,10 @@ def test_table_paper_prints_marks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "88.9 / 81.8 **!**" in printed and "70.5 / 60.8 **!**" in printed and "33.0 %" in printed
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """Two bounds and a row with two seeds: a 20..40..., b 50..90."""
-    runs = {
-        "upper-bound/0": (40, 90), "lower-bound/0": (20, 50), "htc/0": (30, 80), "htc/1": (34, 84), "blind/0": (10,)
-    }  # fmt: skip
-    for name, scores in runs.items():
-        path = tmp_path / "table1" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metrics = dict(zip(("a", "b"), scores, strict=False))
-        path.write_text(json.dumps({"metrics": metrics, "seconds": 60, "seed": int(name[-1])}))
-    return tmp_path
-
-
-def test_a_table_is_rebuilt_from_files(results: Path) -> None:
-    """htc: a 32 +- 2.83, b 82 +- 2.83; retention (60 + 80) / 2 = 70, without b 60. Prevents typed tables."""
-    lines = render(results / "table1", ("upper-bound", "htc", "lower-bound"))
-    assert lines[0] == ["row", "a", "b", "retention", "capped at 100", "without the most generous", "seeds", "seconds"]
-    assert [line[0] for line in lines[1:]] == ["upper-bound", "htc", "lower-bound", "blind"]
-    assert lines[2] == ["htc", "32.0 ± 2.8", "82.0 ± 2.8", "70.0", "70.0", "60.0 (b)", "2", "60"]
-    assert lines[4] == ["blind", "10.0", "", "", "", "", "1", "60"]
-
-
-def test_the_table_command_prints_markdown_and_csv(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prevents two renderings that disagree."""
-    table.run(["table1", "--results", str(results), "--experiments", str(results)])
-    assert "| htc | 32.0 ± 2.8 |" in capsys.readouterr().out
-    table.run(["table1", "--results", str(results), "--experiments", str(results), "--format", "csv"])
-    assert "htc,32.0 ± 2.8," in capsys.readouterr().out
-
-
-def test_no_results_and_unequal_seeds_are_errors(results: Path) -> None:
-    """Prevents an empty table, and a mean over seeds that measured different things."""
-    with pytest.raises(ValueError, match="no results"):
-        read_results(results / "table9")
-    (results / "table1" / "htc" / "2.json").write_text('{"metrics": {"a": 1}}')
-    with pytest.raises(ValueError, match="row htc"):
-        render(results / "table1")
+def test_an_unknown_table_is_refused_by_name() -> None:
+    """The error lists what there is."""
+    with pytest.raises(ValueError, match=r"no table 'table9'.*there are: paper, table1"):
+        table.run(["table9"])
 
 
 def test_eval_options_are_checked_before_the_model_is_loaded() -> None:
