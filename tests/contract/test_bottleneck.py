@@ -16,12 +16,14 @@ from ..tinies import BOTTLENECK, TINY_CODE, assert_close, batch, image_ids, pixe
 from .conftest import BACKENDS, own
 
 METHODS: dict[str, dict[str, Any]] = {"voco": {}, "htc": {"quantizer": TINY_CODE}}
+READERS: dict[str, dict[str, Any]] = {"readers": {"n_readers": 2}}  # no masked pass of one sequence to look into
 SWEEP = [
     ({"name": name, **options, "n_bottleneck": k, "positions": positions, "visual_attention": attention}, backend)
     for (name, options), k, positions, attention, backend in itertools.product(
-        METHODS.items(), (1, 3), ("sequential", "compact"), ("self", "causal"), ("sdpa", "eager")
+        (METHODS | READERS).items(), (1, 3), ("sequential", "compact"), ("self", "causal"), ("sdpa", "eager")
     )
 ]
+MASKED = [pair for pair in SWEEP if pair[0]["name"] in METHODS]
 
 
 SELF = [
@@ -37,6 +39,12 @@ def label(value: Any) -> str:
 
 @pytest.fixture(params=SWEEP, ids=lambda pair: f"{label(pair[0])}-{pair[1]}")
 def model(request: pytest.FixtureRequest) -> HtcVlmForConditionalGeneration:
+    compressor, backend = request.param
+    return shared(compressor, backend)
+
+
+@pytest.fixture(params=MASKED, ids=lambda pair: f"{label(pair[0])}-{pair[1]}")
+def masked(request: pytest.FixtureRequest) -> HtcVlmForConditionalGeneration:
     compressor, backend = request.param
     return shared(compressor, backend)
 
@@ -100,27 +108,27 @@ def test_prompts_may_leave_out_the_visual_placeholders(model: HtcVlmForCondition
 
 
 @torch.no_grad()
-def test_bottleneck_attention_is_what_the_masked_pass_attended(model: HtcVlmForConditionalGeneration) -> None:
+def test_bottleneck_attention_is_what_the_masked_pass_attended(masked: HtcVlmForConditionalGeneration) -> None:
     """A heatmap of something else than what the answers were computed from."""
-    eager = shared(model.config.compressor, "eager")
-    n_image, n_bottleneck = len(image_ids(model)), model.model.compressor.n_bottleneck
-    inputs = batch([[*image_ids(model), 5, 6]])
-    before = model.compress(pixel_values=pixels(1)).kv
-    shown = model.bottleneck_attention(pixel_values=pixels(1))  # (1, layers, H, K, C + K)
-    assert model.compress(pixel_values=pixels(1)).kv.equal(before)
+    eager = shared(masked.config.compressor, "eager")
+    n_image, n_bottleneck = len(image_ids(masked)), masked.model.compressor.n_bottleneck
+    inputs = batch([[*image_ids(masked), 5, 6]])
+    before = masked.compress(pixel_values=pixels(1)).kv
+    shown = masked.bottleneck_attention(pixel_values=pixels(1))  # (1, layers, H, K, C + K)
+    assert masked.compress(pixel_values=pixels(1)).kv.equal(before)
     maps = eager(**inputs, pixel_values=pixels(1), output_attentions=True).attentions
     expected = torch.stack([layer[0, :, n_image - n_bottleneck : n_image, :n_image] for layer in maps])
     torch.testing.assert_close(shown[0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_text_reaches_the_image_only_through_the_bottleneck(model: HtcVlmForConditionalGeneration) -> None:
+def test_text_reaches_the_image_only_through_the_bottleneck(masked: HtcVlmForConditionalGeneration) -> None:
     """A mask that lets text look at patches: the bottleneck would learn nothing and the cache would answer nonsense."""
-    eager = shared(model.config.compressor, "eager")
-    inputs = batch([[4, *image_ids(model), 5, 6]])
-    n_visual = model.model.compressor.n_visual(tinies.N_PATCHES)
+    eager = shared(masked.config.compressor, "eager")
+    inputs = batch([[4, *image_ids(masked), 5, 6]])
+    n_visual = masked.model.compressor.n_visual(tinies.N_PATCHES)
     maps = eager(**inputs, pixel_values=pixels(1), output_attentions=True).attentions
     for layer in maps:
         assert layer[0, :, -2:, 1 : 1 + n_visual].max() == 0  # text -> visual
-        assert layer[0, :, 1 : 1 + len(image_ids(model)), 0].max() == 0  # image -> text before it
+        assert layer[0, :, 1 : 1 + len(image_ids(masked)), 0].max() == 0  # image -> text before it
         assert layer[0, :, -1, 1 + n_visual].min() > 0  # text -> bottleneck

@@ -20,13 +20,14 @@ from .conftest import CASES, Case
 
 
 def entering_lengths(model: HtcVlmForConditionalGeneration, run: Any) -> list[int]:
-    """Tokens that entered each decoder layer while `run()` ran."""
-    lengths: list[int] = []
+    """Tokens that entered each decoder layer while `run()` ran, all passes together."""
+    layers = list(model.model.language_model.layers)
+    lengths = [0] * len(layers)
 
     def note(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        lengths[layers.index(module)] += (args[0] if args else kwargs["hidden_states"]).shape[1]
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.language_model.layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
             run()

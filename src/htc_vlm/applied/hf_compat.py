@@ -19,9 +19,15 @@ HONOURS_MASKS = ("sdpa", "eager", "flex_attention")
 
 
 def ready_mask(
-    config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, visible: Tensor
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    visible: Tensor,
+    cache: Cache | None = None,
 ) -> Tensor:
     """(B, L, L) bool, True = may look -> the 4-D form that the model's attention backend obeys.
+
+    With a cache of n entries, visible is (B, L, n + L).
 
     A 4-D *bool* mask is obeyed by sdpa and silently all but ignored by eager, so the form is left to transformers.
     Raises ValueError for backends that ignore masks (flash attention).
@@ -33,13 +39,14 @@ def ready_mask(
             f"{' or '.join(map(repr, HONOURS_MASKS))} (answering from compressed images works with any backend)"
         )
     if attention_mask is None:  # never None: transformers would look for packed sequences in position_ids
-        attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        attention_mask = torch.ones(visible.shape[::2], dtype=torch.long, device=inputs_embeds.device)
+    n_past = 0 if cache is None else cache.get_seq_length()
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=None,
-        and_mask_function=lambda b, h, q, kv: visible[b, q, kv],
+        past_key_values=cache,
+        and_mask_function=lambda b, h, q, kv: visible[b, q - n_past, kv],
     )
 
 

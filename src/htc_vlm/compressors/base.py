@@ -40,6 +40,7 @@ class Sizes:
     llm_width: int  # D
     initializer_range: float = 0.02
     new_decoder_layer: Callable[[int], nn.Module] | None = None  # number -> an untrained layer as the LLM's
+    n_kv_heads: int | None = None  # key-value heads of each decoder layer
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,33 @@ class Compressor(nn.Module):
     def n_bottleneck(self) -> int:
         """K, bottleneck tokens of one image; 0 for methods without a bottleneck."""
         return 0
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Into how many entries an image may be compressed, ascending; the last is K."""
+        return (self.n_bottleneck,)
+
+    @property
+    def reads_apart(self) -> bool:
+        """Is an image compressed in passes of its own in training too, instead of in one masked pass with the text?
+
+        Then `n_readers`, `n_looks` and `reader_rows` say how (model/reading.py).
+        """
+        return False
+
+    @property
+    def n_readers(self) -> int:
+        """Rows that read the image for one cache entry; each writes its share of the entry's key-value heads."""
+        return 1
+
+    @property
+    def n_looks(self) -> int:
+        """How often the rows go through the language model; the last time is cached."""
+        return 1
+
+    def reader_rows(self, n_entries: int, states: Tensor | None) -> Tensor:
+        """(N or 1, n_entries * n_readers, D), what enters the first layer; `states`: the rows' output of the look before."""
+        raise NotImplementedError(f"{self.name} does not read images apart from the text")
 
     @property
     def positions(self) -> str:

@@ -24,7 +24,7 @@ from htc_vlm.applied import hf_compat
 from htc_vlm.applied.hf_compat import n_patches
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.files import open_to_umask
-from htc_vlm.model import fast_prefill
+from htc_vlm.model import fast_prefill, reading
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import drop_ignored
 from htc_vlm.model.prefusion import ImagesToFuse, fuse
@@ -193,6 +193,12 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             fused = self._fused(input_ids, given, attention_mask, past_key_values, question_ids, is_answer)
             if fused is not None:
                 ids, inputs_embeds, mm_encoder_outputs = None, fused, None
+        if self.compressor.reads_apart and input_ids is not None and not _goes_on(past_key_values):
+            if pixel_values is not None:
+                mm_encoder_outputs = {"image": self.get_image_features(pixel_values=pixel_values)}
+            images = (mm_encoder_outputs or {}).get("image")
+            if images is not None:
+                return self._read_apart(input_ids, images, attention_mask, position_ids, question_ids, kwargs)
         has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
         if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -252,6 +258,40 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             self.language_model,
         )
 
+    def _read_apart(
+        self,
+        input_ids: Tensor,
+        images: BaseModelOutputWithPooling,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        question_ids: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> LlavaModelOutputWithPast:
+        """Compress, with gradients, then the text over the entries: what methods that `reads_apart` train on."""
+        compressor = self.compressor
+        if kwargs.pop("use_cache", None) and not self.training:
+            raise ValueError(
+                "this pass keeps no cache; call model.compress(...) and pass compressed=..., or model.generate(...)"
+            )
+        layout = self.layout(input_ids, attention_mask, question_ids)
+        self._check_bottlenecks(layout)
+        n_entries = reading.budget(compressor, self.training)
+        if n_entries < compressor.n_bottleneck:
+            layout = reading.first_entries(layout, compressor.n_bottleneck, n_entries)
+        embeds = self.get_input_embeddings()(input_ids)
+        visual = torch.stack(list(images.pooler_output)).to(embeds.device, embeds.dtype)  # (images, C, D)
+        self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=visual.flatten(0, 1))
+        kv = reading.read(self.language_model, compressor, visual, n_entries)
+        if position_ids is None:
+            position_ids = rope.position_ids(layout, compressor.positions)
+        out = reading.run_text(self.language_model, embeds, layout, position_ids, kv, **kwargs)
+        return LlavaModelOutputWithPast(
+            last_hidden_state=out.last_hidden_state,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            image_hidden_states=visual,
+        )
+
     def _masked_pass(
         self,
         input_ids: Tensor | None,
@@ -308,10 +348,13 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
 
     # ---------------------------------------------------------------- compress
     @torch.no_grad()
-    def compress_visual(self, visual: Tensor, path: str = "auto") -> Tensor:
+    def compress_visual(self, visual: Tensor, path: str = "auto", n_entries: int | None = None) -> Tensor:
         """(N, C, D) visual tokens -> their kv (N, layers, 2, kv heads, K, head_dim): the language model's part of
         `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_prefill.py where it applies,
         "fast" refuses (ValueError) where it does not."""
+        if self.compressor.reads_apart:
+            n_entries = self.compressor.n_bottleneck if n_entries is None else n_entries
+            return reading.read(self.language_model, self.compressor, visual, n_entries, path)
         n_bottleneck = self.compressor.n_bottleneck
         if fast_prefill.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
             return fast_prefill.compress(self.language_model, visual, self._bottleneck_embeds(visual))
@@ -351,6 +394,12 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
         return int(self.config.bottleneck_token_id)
 
+
+def _goes_on(cache: Cache | None) -> bool:
+    """Does the cache hold anything? Then its images were read before."""
+    return cache is not None and bool(cache.get_seq_length())
+
+
 def _n_new(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
     """Tokens of this forward pass."""
     given = input_ids if input_ids is not None else inputs_embeds
@@ -368,4 +417,5 @@ def sizes_of(config: HtcVlmConfig) -> Sizes:
         vision_width=vision.hidden_size * n_layers,
         llm_width=config.text_config.hidden_size,
         initializer_range=config.text_config.initializer_range,
+        n_kv_heads=config.text_config.num_key_value_heads,
     )

@@ -117,6 +117,25 @@ def compress(language_model: Any, visual: Tensor, bottleneck: Tensor) -> Tensor:
     return torch.cat([_compress_chunk(layers_of(language_model), chunk, bottleneck, turn) for chunk in chunks])
 
 
+def visual_kv(language_model: Any, visual: Tensor) -> Tensor:
+    """(N, C, D) visual tokens that attend only to themselves -> (N, layers, 2, kv heads, C, head_dim), without bottleneck.
+
+    The last visual token stands at -1. Under the same conditions as `compress`.
+    """
+    n_visual = visual.shape[1]
+    cos, sin = language_model.rotary_emb(visual, position_ids=_positions(n_visual, n_visual, visual.device))
+    turn = Turn(cos[:, :, None], sin[:, :, None])
+    states, kv, layers = visual, [], layers_of(language_model)
+    for layer in layers:
+        key, value = _keys_values(layer, states, turn)
+        kv.append(_cell(key, value, n_visual))
+        if layer is not layers[-1]:
+            own = value[:, :, :, None].expand(-1, -1, -1, layer.self_attn.num_key_value_groups, -1)
+            states = states + layer.self_attn.o_proj(own.flatten(2))
+            states = states + layer.mlp(_normed(layer.post_attention_layernorm, states))
+    return torch.stack(kv, dim=1)
+
+
 def _positions(n_visual: int, n_rows: int, device: torch.device) -> Tensor:
     """(1, L): the first bottleneck token stands at 0."""
     return torch.arange(-n_visual, n_rows - n_visual, device=device)[None]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
 from htc_vlm.applied import hf_compat
+from htc_vlm.model import reading
 from htc_vlm.model.backbone import HtcVlmPreTrainedModel
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.image_slots import Placed, place
@@ -42,15 +43,23 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         patch_features: Tensor | None = None,
         image_codes: Tensor | None = None,
         path: str = "auto",
+        n_entries: int | None = None,
     ) -> CompressedImages:
         """(N, 3, height, width) -> N images as kv, one cache entry (K for K bottleneck tokens) per layer each.
 
-        path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`.
-        ValueError for methods without a bottleneck: they have nothing smaller to keep.
+        path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`. n_entries: fewer than K, where the compressor
+        was trained with nested budgets (`Compressor.budgets`).
+        ValueError for methods without a bottleneck (they have nothing smaller to keep), and for other budgets.
         """
         self._need_bottleneck()
+        budgets = self.model.compressor.budgets
+        if n_entries is not None and n_entries not in budgets:
+            raise ValueError(
+                f"n_entries is {n_entries}; {self.model.compressor.name!r} with these settings compresses an image into "
+                f"{', '.join(map(str, budgets))}"
+            )
         visual = self.visual_tokens(pixel_values, patch_features, image_codes)
-        kv = self.model.compress_visual(visual, path=path)
+        kv = self.model.compress_visual(visual, path=path, n_entries=n_entries)
         return CompressedImages(kv=kv, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
 
     @torch.no_grad()
@@ -58,6 +67,8 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from `compress`'s pass."""
         self._need_bottleneck()
         visual = self.visual_tokens(pixel_values, **features)
+        if self.model.compressor.reads_apart:
+            return reading.attention(self.model.language_model, self.model.compressor, visual)
         out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
         return hf_compat.attention_of_last_rows(
             self.model.language_model,
@@ -171,13 +182,14 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             attention_mask,
             n_images=len(compressed),
             n_bottleneck=compressor.n_bottleneck,
+            n_entries=compressed.n_bottleneck,
             image_cost=compressed.n_visual if compressor.positions == "sequential" else 0,
             image_token_id=self.config.image_token_id,
             bottleneck_token_id=self.model._bottleneck_id(),
         )
         keys, values = self._gather_cells(placed, compressed)
         batch, n_cells = placed.is_slot.shape[0], keys.shape[3]
-        is_cell = placed.is_slot.repeat_interleave(compressor.n_bottleneck, dim=1)
+        is_cell = placed.is_slot.repeat_interleave(compressed.n_bottleneck, dim=1)
         config = self.model.language_model.config
         if reserve is None:
             cache: Cache = hf_compat.cache_from_kv(keys, values, batch, config)
@@ -195,7 +207,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             "past_key_values": cache,
         }
         if placed.interleaved:
-            steps = torch.arange(compressor.n_bottleneck, device=keys.device)
+            steps = torch.arange(compressed.n_bottleneck, device=keys.device)
             out["kv_positions"] = (placed.slot_position[:, :, None] + steps).flatten(1)
         return out
 

@@ -48,13 +48,15 @@ def place(
     image_cost: int,
     image_token_id: int,
     bottleneck_token_id: int,
+    n_entries: int | None = None,
 ) -> Placed:
     """(B, L) prompts -> where each image and each token goes.
 
     Placeholders: K bottleneck tokens per image, preceded or not by its visual placeholders (which are dropped: the
     cache stands for them). Images are taken in order of appearance. A batch without any placeholder gets one image per
     prompt, put first; a single image is shared by all prompts. `image_cost` is the number of positions before an
-    image's first bottleneck token (C for sequential numbering, 0 for compact).
+    image's first bottleneck token (C for sequential numbering, 0 for compact). n_entries: of the cached images, where they
+    have fewer than the K of the prompt's placeholders.
 
     >>> placed = place(torch.tensor([[7, 9, 5, 6]]), None, 1, 1, 4, image_token_id=8, bottleneck_token_id=9)
     >>> placed.text_ids.tolist(), placed.text_position.tolist(), placed.slot_position.tolist(), placed.interleaved
@@ -63,6 +65,8 @@ def place(
     mask: Bools | None = None if attention_mask is None else attention_mask.cpu().numpy() != 0
     tokens = _tokens(input_ids.cpu().numpy(), mask, image_token_id, bottleneck_token_id)
     n_wanted = _count_images(tokens, n_bottleneck)
+    if n_entries is not None and n_entries < n_bottleneck:
+        tokens, n_bottleneck = tokens.with_first_entries(n_bottleneck, n_entries), n_entries
     shared = n_images == 1
     if not n_wanted.any():
         if n_images not in (1, len(n_wanted)):
@@ -107,6 +111,12 @@ class _Tokens:
     ids: Ints
     is_real: Bools
     is_bottleneck: Bools
+
+    def with_first_entries(self, n_bottleneck: int, n_entries: int) -> _Tokens:
+        """The same prompts where only the first bottleneck tokens of each image count."""
+        rank = (self.is_bottleneck.cumsum(1) - 1) % n_bottleneck
+        surplus = self.is_bottleneck & (rank >= n_entries)
+        return _Tokens(self.ids, self.is_real & ~surplus, self.is_bottleneck & ~surplus)
 
     def with_image_in_front(self, n_bottleneck: int, bottleneck_token_id: int) -> _Tokens:
         """The same prompts with one image each before all text."""

@@ -55,7 +55,7 @@ def split_visual(model: HtcVlmForConditionalGeneration, visual: Tensor) -> tuple
     Anchors are those that stand as tokens of their own, A = 0 without; `channels: discrete` has a grid of codes.
     """
     settings = model.config.compressor
-    if settings["name"] != "htc" or settings["channels"] != "hybrid" or settings["fusion"] == "mean":
+    if settings.get("channels") != "hybrid" or settings["fusion"] == "mean":
         return visual[:, :0], visual
     n_anchors = int(settings["n_anchors"])
     if settings["fusion"] == "post":
