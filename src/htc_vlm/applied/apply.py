@@ -2,35 +2,36 @@
 
 Source:  docs/specs/baselines.md section 12 (tested recipe for transformers 5.23); each method's file names its paper.
 Differs: modules change their class inside the block and get it back, whatever happens; no hooks, weights or globals.
-         Any LlavaForConditionalGeneration works, ours included. Prompts stay as the stock processor makes them:
-         placeholders that a method does not need are cut out on the way in, and generate returns the prompt as it was
-         given.
+         Any vision-language model works that `families` finds its way in. Prompts stay as the stock processor makes them:
+         visual tokens leave at the decoder's door (`door`) or between its layers (`pruning`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from htc_vlm import compressors
-from htc_vlm.applied import pruning, vision_tower
-from htc_vlm.applied.hf_compat import n_patches
+from htc_vlm.applied import door, pruning, vision_tower
+from htc_vlm.applied.door import Prompt, Run
+from htc_vlm.applied.families import Family, Llava, family_of
 from htc_vlm.applied.pruning import DropRun
 from htc_vlm.applied.vision_tower import TowerRun
 from htc_vlm.compressors import AppliedOnly, Compressor
-from htc_vlm.ops.select import pack_left_padded
+from htc_vlm.ops.schedules import PUBLISHED_PATCHES
 
 STATE = "_applied"
-# Options of generate that guess tokens ahead, read the prompt in parts, or need layers of one length.
+ANY_NUMBER = 2**20  # tokens of an image, for checks where pictures differ in size
+# Options of generate that guess tokens ahead, read the prompt in parts, or reserve a cache for a prompt that is not cut.
 NOT_WHILE_DROPPING = (
     "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size",
     "cache_implementation",
@@ -41,18 +42,30 @@ Swap = tuple[nn.Module, type, dict[str, Any]]  # module, class inside the block,
 class Applied:
     """What `with apply(...) as applied` gives: the method, and what the last prompt with an image went through."""
 
-    def __init__(self, method: Compressor, n_patches: int, n_layers: int, llava: LlavaModel) -> None:
-        self.method = method
-        self.n_patches = n_patches  # P, by the configuration
-        self.n_layers = n_layers
-        self.drop_run = DropRun(method) if method.drops(n_patches, n_layers) else None
+    def __init__(self, family: Family, name: str, settings: dict[str, Any], budget: float | None) -> None:
+        self.family = family
+        self.n_patches = family.n_patches  # P, by the configuration; None where pictures differ
+        self.n_layers = family.n_layers
+        self._build = functools.cache(lambda n: build_for(name, settings, budget, n, family.n_layers))
+        self.n_nominal = self.n_patches or (ANY_NUMBER if budget is None else PUBLISHED_PATCHES)
+        self.method = self._build(self.n_nominal)
+        options: dict[str, Any] = {
+            "method_of": self._build, "image_token_id": family.model.config.image_token_id,
+            "n_nominal": self.n_nominal, "has_axes": family.has_axes,
+        }  # fmt: skip
+        drops = self.method.drops(self.n_nominal, self.n_layers)
+        self.drop_run = DropRun(**options) if drops else None
+        if isinstance(family, Llava) or not self.changes_features:
+            options["in_place"] = self.n_patches or 0
+        options |= {"grid_matters": self.method.NEEDS_GRID, "grid_of": family.grid_of}
+        self.run: Run = self.drop_run or Run(**options)
         self.tower_run: TowerRun | None = None
-        if method.acts_in_tower:
-            n_blocks = vision_tower.n_blocks_read(llava, method)
-            if method.merges_in_tower:
-                self.tower_run = TowerRun(method.tower_merges(n_patches, n_blocks))
-        self._n_given: int | None = None
-        self._images: compressors.ImageFeatures | None = None  # the last ones, of which `source` can be computed
+        if self.method.acts_in_tower and self.n_patches is not None:
+            n_blocks = vision_tower.n_blocks_read(family.headless, self.method)
+            if self.method.merges_in_tower:
+                self.tower_run = TowerRun(self.method.tower_merges(self.n_patches, n_blocks))
+        self.n_placeholders: int | None = None  # of the prompts that are being read
+        self._images: compressors.ImageFeatures | None = None  # LLaVA's last ones, of which `source` can be computed
 
     @property
     def changes_features(self) -> bool:
@@ -60,11 +73,24 @@ class Applied:
         return type(self.method).before_llm is not Compressor.before_llm
 
     @property
-    def schedule(self) -> list[int] | None:
-        """Measured: visual tokens of one image that entered each layer; None before the first image."""
+    def schedules(self) -> list[list[int]]:
+        """Measured: visual tokens that entered each layer, one list for each image of the last prompts; [] before."""
         if self.drop_run is not None:
-            return self.drop_run.schedule
-        return None if self._n_given is None else [self._n_given] * self.n_layers
+            return self.drop_run.schedules
+        by_image: dict[int, list[int]] = {}
+        for group, _, method in self.run.seen:
+            n = group.n_patches if self.run.is_done(group) else method.n_visual(group.n_patches)
+            by_image.update({i: [n] * self.n_layers for i in group.images.tolist()})
+        return [by_image[i] for i in sorted(by_image)]
+
+    @property
+    def schedule(self) -> list[int] | None:
+        """Measured: visual tokens of one image that entered each layer; None before the first image. ValueError where
+        images had schedules of their own."""
+        found = self.schedules
+        if any(one != found[0] for one in found):
+            raise ValueError("the last images had different numbers of tokens; read `schedules`, which has one for each")
+        return found[0] if found else None
 
     @property
     def source(self) -> Tensor | None:
@@ -75,50 +101,82 @@ class Applied:
 
     @property
     def sources(self) -> dict[int, Tensor]:
-        """Layer -> (I, C, P), `source` of the tokens that enter it, for layer 0 and each where tokens left."""
+        """Layer -> (I, C, P), `source` of the tokens that enter it, for layer 0 and each where tokens left. ValueError
+        where images came with different numbers of tokens."""
         if self.drop_run is not None:
             return self.drop_run.sources
-        found = None if self._images is None else self.method.source(self._images)
+        if self._images is not None:
+            found = self.method.source(self._images)
+        else:
+            seen = [(images, method) for _, images, method in self.run.seen if images is not None]
+            parts = [method.source(images) for images, method in seen]
+            if len({None if part is None else part.shape[1:] for part in parts}) > 1:
+                raise ValueError("the last images had different numbers of tokens; ask about one picture at a time")
+            found = torch.cat([part for part in parts if part is not None]) if parts and parts[0] is not None else None
         return {} if found is None else {0: found}
 
     @contextmanager
-    def prompt_of(self, prompt: Tensor | None) -> Iterator[None]:
-        """In this block the columns of `prompt` (B, L) choose, whatever stands behind them: generate without a cache
-        sends its answer along."""
-        if self.drop_run is not None and prompt is not None:
-            self.drop_run.prompt_length = prompt.shape[1]
+    def reading(self, prompt: Tensor | None, prompt_length: int | None) -> Iterator[None]:
+        """In this block `prompt` (B, L) is read: its first prompt_length columns choose, whatever stands behind them
+        (generate without a cache sends its answer along)."""
+        before = self.run.prompt_length, self.n_placeholders
+        if prompt_length is not None:
+            self.run.prompt_length = prompt_length
+        if prompt is not None and prompt.ndim == 2:
+            self.n_placeholders = int((prompt == self.run.image_token_id).sum())
         try:
             yield
         finally:
-            if self.drop_run is not None:
-                self.drop_run.prompt_length = None
+            self.run.prompt_length, self.n_placeholders = before
 
     def give(self, images: compressors.ImageFeatures) -> BaseModelOutputWithPooling:
-        """(I, C, D) for the language model, if they are as many as promised."""
+        """LLaVA's features (I, C, D) for the language model; zeros behind them where the prompt has P places for each
+        image, which are cut at the decoder's door. ValueError for prompts with another number."""
         tokens = self.method.before_llm(images)
-        n_patches = images.features.shape[1] if images.merged is None else images.merged.destination.shape[1]
-        promised = self.method.n_visual(n_patches)
-        if tokens.shape[1] != promised:
-            raise ValueError(f"{self.method.name} promised {promised} visual tokens and gave {tokens.shape[1]}")
-        self._n_given, self._images = promised, images
+        merged = images.merged
+        n_images, n_patches = len(tokens), images.features.shape[1] if merged is None else merged.destination.shape[1]
+        n_wanted = self.method.n_visual(n_patches)
+        door.checked(self.method, tokens, n_wanted)
+        self._images = images
+        if n_wanted > n_patches:
+            raise ValueError(f"{self.method.name} makes {n_wanted} tokens of {n_patches} patches; take fewer")
+        if self.n_placeholders not in (None, n_images * n_wanted):
+            if self.n_placeholders != n_images * n_patches:
+                raise ValueError(
+                    f"the prompts have {self.n_placeholders} image placeholders for {n_images} images; {self.method.name} "
+                    f"takes {n_patches} for each (or the {n_wanted} that it needs)"
+                )
+            tokens = nn.functional.pad(tokens, (0, 0, 0, n_patches - n_wanted))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(tokens))
 
 
+def build_for(name: str, settings: dict[str, Any], budget: float | None, n_patches: int, n_layers: int) -> Compressor:
+    """The method for an image of n_patches tokens. budget: see `Compressor.for_budget`."""
+    if budget is None:
+        return compressors.build(name, **settings)
+    cls: Any = compressors.COMPRESSORS.get(name)
+    if isinstance(budget, int) and "budget" in (own.name for own in fields(cls.Settings)):
+        return compressors.build(name, budget=budget, **settings)  # SparseVLM's published tables
+    return compressors.build(name, **{**cls.for_budget(budget, n_patches, n_layers), **settings})
+
+
 @contextmanager
-def apply(model: LlavaForConditionalGeneration, name: str, **settings: Any) -> Iterator[Applied]:
+def apply(model: Any, name: str, *, budget: float | None = None, **settings: Any) -> Iterator[Applied]:
     """Run `model` with a method inside the block; outside it is what it was, bit for bit.
 
-    model: any LlavaForConditionalGeneration, or ours with compressor none. Batches, left padding, several images,
-    beams and any number of calls work; logits of a forward pass are those of the tokens that reached the end,
-    left-padded. FastV, PyramidDrop, SparseVLM: `forward(..., prompt_length=n)` says that columns from n on are an
-    answer, which takes no part in the choice (as in generate).
+    model: any vision-language model of transformers that `families` finds its way in (LLaVA, LLaVA-NeXT,
+    LLaVA-OneVision, InternVL, SmolVLM, Qwen2.5-VL, Qwen3-VL; ours with compressor none). Images of different sizes,
+    batches, left padding, several images, beams and any number of calls work; logits of a forward pass are those of the
+    tokens that reached the end, left-padded. `forward(..., prompt_length=n)` says that columns from n on are an answer,
+    which takes no part in a choice that the prompt makes (as in generate).
+    budget: instead of the method's own settings, the visual tokens of an image, mean over layers: 64, or as a share 0.11.
     ValueError for settings that this model cannot meet.
     """
-    method = compressors.build(name, **settings)
-    check(model, method)
-    llava = model.model
-    applied = Applied(method, n_patches(llava.config), len(llava.language_model.layers), llava)
-    swaps = plan_swaps(model, applied)
+    family = family_of(model)
+    check_free(model)
+    applied = Applied(family, name, settings, budget)
+    check(family, applied)
+    swaps = plan_swaps(applied)
     classes = [type(module) for module, _, _ in swaps]
     try:
         for module, cls, state in swaps:
@@ -132,94 +190,116 @@ def apply(model: LlavaForConditionalGeneration, name: str, **settings: Any) -> I
                 module.__dict__.pop(key, None)
 
 
-def plan_swaps(model: LlavaForConditionalGeneration, applied: Applied) -> list[Swap]:
+def plan_swaps(applied: Applied) -> list[Swap]:
     """Which modules change their class, and to what. ValueError where a module cannot."""
-    llava, method = model.model, applied.method
-    whole: Any = type(model)
-    headless: Any = type(llava)
+    family, method = applied.family, applied.method
+    modules = (family.model, family.headless, family.decoder)
+    whole, headless, decoder = modules
+    classes: list[Any] = [type(module) for module in modules]
     swaps: list[Swap] = [
-        (model, recutting_class(whole), {STATE: applied}),
-        (llava, socketed_class(headless), {STATE: applied}),
+        (whole, asking_class(classes[0]), {STATE: applied}),
+        (headless, reading_class(classes[1], isinstance(family, Llava)), {STATE: applied}),
     ]
     if applied.drop_run is not None:
-        pruning.check_decoder(llava.language_model, method)
-        decoder: Any = type(llava.language_model)
-        swaps.append((llava.language_model, pruning.dropping_class(decoder), {"_run": applied.drop_run}))
+        pruning.check_decoder(decoder, method)
+        swaps.append((decoder, pruning.dropping_class(classes[2]), {"_run": applied.drop_run}))
+    else:
+        swaps.append((decoder, door.door_class(classes[2]), {"_run": applied.run}))
     if applied.tower_run is not None:
-        vision_tower.check_merging(llava, method)
-        swaps += vision_tower.tower_swaps(llava, applied.tower_run)
+        vision_tower.check_merging(headless, method)
+        swaps += vision_tower.tower_swaps(headless, applied.tower_run)
     return swaps
 
 
-def check(model: Any, method: Compressor) -> None:
-    """ValueError for models and methods that do not go together, saying what does."""
-    if not isinstance(model, LlavaForConditionalGeneration):
-        raise ValueError(f"apply works on a LlavaForConditionalGeneration, got {type(model).__name__}")
+def check_free(model: Any) -> None:
+    """ValueError for a model that another method acts on."""
     if STATE in model.__dict__:
         raise ValueError(f"{model.__dict__[STATE].method.name} is applied to this model; leave its block first")
     own = model.config.to_dict().get("compressor") or {"name": "none"}
     if own["name"] != "none":
         raise ValueError(f"this model has compressor {own['name']!r} of its own; apply works on uncompressed ones")
+
+
+def check(family: Family, applied: Applied) -> None:
+    """ValueError for families and methods that do not go together, saying what does."""
+    method = applied.method
     if method.n_bottleneck or type(method).setup not in (Compressor.setup, AppliedOnly.setup):
         raise ValueError(
             f"{method.name} has weights or a bottleneck token that must be trained; load a checkpoint that has them "
             "(htc_vlm.load), apply is for methods without"
         )
-    method.schedule(n_patches(model.config), len(model.model.language_model.layers))
-    method.check_heads(model.config.text_config.num_attention_heads)
+    family.check(method)
+    method.schedule(applied.n_nominal, family.n_layers)
+    method.check_heads(family.text_config.num_attention_heads)
 
 
-class Socketed(LlavaModel):
-    """Mixed in front of the class of the model without a head."""
-
-    def get_image_features(
-        self,
-        pixel_values: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Tensor | None = None,
-        patch_features: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As LLaVA's, through the method. patch_features (I, P, vision width): as HtcVlmModel's."""
-        applied: Applied = self.__dict__[STATE]
-        if not applied.changes_features:
-            given: dict[str, Any] = {
-                "pixel_values": pixel_values,
-                "vision_feature_layer": vision_feature_layer,
-                "vision_feature_select_strategy": vision_feature_select_strategy,
-                "image_sizes": image_sizes,
-                "patch_features": patch_features,  # known to ours, not to transformers'
-            }
-            return super().get_image_features(**{k: v for k, v in given.items() if v is not None}, **kwargs)
-        method = applied.method
-        if image_sizes is not None:
-            raise ValueError(f"{method.name}: images of different sizes (image_sizes) are not supported; resize them")
-        if patch_features is not None:
-            if method.acts_in_tower:
-                raise ValueError(f"{method.name} acts in the vision tower; give pixel_values, not patch_features")
-            project = self.multi_modal_projector
-            images = compressors.ImageFeatures(patch_features.to(project.linear_1.weight.dtype), project)
-        elif pixel_values is not None:
-            images = vision_tower.image_features(
-                self, method, pixel_values, vision_feature_layer, vision_feature_select_strategy, applied.tower_run
-            )
-        else:
-            raise ValueError("no image: give pixel_values")
-        return applied.give(images)
+class Reading(nn.Module):
+    """Mixed in front of the class of the model without a head: notes which image each placeholder belongs to."""
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         applied: Applied = self.__dict__[STATE]
-        images = n_images(kwargs)
-        if applied.drop_run is None or not images:
+        run, length = applied.run, kwargs.pop("prompt_length", None)
+        run.has_positions = kwargs.get("position_ids") is not None
+        if not has_images(kwargs):
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None:
             raise ValueError(f"{applied.method.name} finds images by their placeholders; give input_ids, not embeddings")
-        return super().forward(input_ids=input_ids, image=image_of(input_ids, self.config.image_token_id, images), **kwargs)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        with applied.reading(input_ids, length):
+            run.prompt = Prompt(input_ids, run.prompt_length, encoded)
+            try:
+                return super().forward(input_ids=input_ids, **kwargs)
+            finally:
+                run.prompt = None
 
 
-class Recutting(LlavaForConditionalGeneration):
-    """Mixed in front of the class of the whole model: placeholders that the method does not need leave the prompt."""
+def through_method(self: Any, pixel_values: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    """LLaVA's get_image_features, through the method. patch_features (I, P, vision width): as HtcVlmModel's."""
+    applied: Applied = self.__dict__[STATE]
+    method, patch_features = applied.method, kwargs.get("patch_features")
+    if kwargs.get("image_sizes") is not None:
+        raise ValueError(f"{method.name}: images of different sizes (image_sizes) are not supported; resize them")
+    if patch_features is not None:
+        if method.acts_in_tower:
+            raise ValueError(f"{method.name} acts in the vision tower; give pixel_values, not patch_features")
+        project = self.multi_modal_projector
+        images = compressors.ImageFeatures(patch_features.to(project.linear_1.weight.dtype), project)
+    elif pixel_values is not None:
+        layer, strategy = kwargs.get("vision_feature_layer"), kwargs.get("vision_feature_select_strategy")
+        images = vision_tower.image_features(self, method, pixel_values, layer, strategy, applied.tower_run)
+    else:
+        raise ValueError("no image: give pixel_values")
+    return applied.give(images)
+
+
+@functools.cache
+def reading_class(cls: Any, is_llava: bool) -> type:
+    """`cls`, a model without a head, that reads prompts for the method; under its own name."""
+
+    @functools.wraps(cls.get_image_features)  # generate asks for the signature
+    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        applied: Applied = self.__dict__[STATE]
+        if is_llava and applied.changes_features:
+            out = through_method(self, *args, **kwargs)
+        else:
+            known = inspect.signature(cls.get_image_features).parameters
+            if "patch_features" not in known:
+                kwargs.pop("patch_features", None)
+            out = cls.get_image_features(self, *args, **kwargs)
+        if applied.run.prompt is not None:
+            applied.run.prompt.encoded = out
+        return out
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (Reading, cls), {**names, "get_image_features": get_image_features})
+
+
+class Asking(nn.Module):
+    """Mixed in front of the class of the whole model: says which prompt is read, and lets labels follow it."""
+
+    config: Any
+    generation_config: Any
+    loss_function: Any
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
@@ -227,137 +307,62 @@ class Recutting(LlavaForConditionalGeneration):
         applied: Applied = self.__dict__[STATE]
         check_generation(applied, self.generation_config if generation_config is None else generation_config, kwargs)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
-        cut = recut(applied, prompt, kwargs, self.config.image_token_id)
-        if cut is None:
-            with applied.prompt_of(prompt):
-                return super().generate(prompt, generation_config, *args, **kwargs)
-        if kwargs.get("position_ids") is not None:
-            raise ValueError(f"{applied.method.name} cuts the prompt; leave position_ids to generate")
-        n_cut = prompt.shape[1] - cut.input_ids.shape[1]
-        generation_config = copy.deepcopy(generation_config)
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] -= n_cut
-            if getattr(generation_config, name, None):
-                setattr(generation_config, name, getattr(generation_config, name) - n_cut)
-        kwargs["attention_mask"] = cut.attention_mask
-        out = super().generate(cut.input_ids, generation_config, *args, **kwargs)
-        return with_prompt(out, prompt, cut.input_ids.shape[1])
+        with applied.reading(prompt, None if prompt is None else prompt.shape[1]):
+            return super().generate(prompt, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 
-def recutting_forward(cls: Any) -> Any:
-    """A forward for a subclass of `cls` that recuts its prompt; with cls.forward's signature, which generate reads."""
+def asking_forward(cls: Any) -> Any:
+    """A forward for a subclass of `cls`; with cls.forward's signature, which generate reads."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         applied: Applied = self.__dict__[STATE]
-        if applied.drop_run is not None and kwargs.get("labels") is not None and n_images(kwargs):
-            raise ValueError(f"{applied.method.name} drops tokens inside the model; compute the loss from the logits")
-        cut = recut(applied, input_ids, kwargs, self.config.image_token_id)
-        if cut is not None:
-            for name in ("position_ids", "question_ids", "cell_positions"):
-                if kwargs.get(name) is not None:
-                    raise ValueError(f"{applied.method.name} cuts the prompt; leave out {name}")
-            if kwargs.get("labels") is not None:
-                kwargs["labels"] = cut.follow(kwargs["labels"], fill=-100)
-            input_ids, kwargs["attention_mask"] = cut.input_ids, cut.attention_mask
-        return cls.forward(self, input_ids=input_ids, **kwargs)
+        length = kwargs.pop("prompt_length", None)
+        if not has_images(kwargs):
+            return cls.forward(self, input_ids=input_ids, **kwargs)
+        labels = check_forward(applied, kwargs)
+        with applied.reading(input_ids, length):
+            out = cls.forward(self, input_ids=input_ids, **kwargs)
+        if labels is not None:
+            if applied.run.cut is not None:
+                cut = applied.run.cut
+                labels = labels.gather(1, cut.index).masked_fill(~cut.is_real, -100)
+            out.loss = self.loss_function(out.logits, labels, vocab_size=self.config.get_text_config().vocab_size)
+        return out
 
     return forward
 
 
 @functools.cache
-def recutting_class(cls: Any) -> type:
-    """`cls` with recutting, under its own name (transformers looks things up by it)."""
+def asking_class(cls: Any) -> type:
+    """`cls`, a whole model, under its own name (transformers looks things up by it)."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (Recutting, cls), {**names, "forward": recutting_forward(cls)})
+    return type(cls.__name__, (Asking, cls), {**names, "forward": asking_forward(cls)})
 
 
-@functools.cache
-def socketed_class(cls: Any) -> type:
-    """`cls` with sockets, under its own name."""
-    return type(cls.__name__, (Socketed, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def has_images(inputs: dict[str, Any]) -> bool:
+    """Does a call bring images?"""
+    given = any(inputs.get(name) is not None for name in ("pixel_values", "patch_features"))
+    return given or (inputs.get("mm_encoder_outputs") or {}).get("image") is not None
 
 
-def n_images(inputs: dict[str, Any]) -> int:
-    """How many images a call brings; 0 for none."""
-    for name in ("pixel_values", "patch_features"):
-        if inputs.get(name) is not None:
-            return len(inputs[name])
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return 0 if encoded is None else len(encoded.pooler_output)
-
-
-def image_of(input_ids: Tensor, image_token_id: int, images: int) -> Tensor:
-    """(B, L) ids -> (B, L): 1, 2, ... for the placeholders of the first, second, ... image of the batch, else 0.
-
-    >>> image_of(torch.tensor([[9, 9, 1, 9, 9]]), image_token_id=9, images=2)
-    tensor([[1, 1, 0, 2, 2]])
-    """
-    is_visual = input_ids == image_token_id
-    total = int(is_visual.sum())
-    if total == 0 or total % images:
-        raise ValueError(f"the prompts have {total} image placeholders for {images} images; give each the same number")
-    rank = (is_visual.flatten().long().cumsum(dim=0) - 1).view_as(input_ids)
-    return torch.where(is_visual, rank // (total // images) + 1, 0)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A prompt with fewer placeholders. index (B, L'): the old column of each new one; is_real: not filled in."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    index: Tensor
-    is_real: Tensor
-
-    def follow(self, x: Tensor, fill: int) -> Tensor:
-        """(B, L) beside the old prompt -> (B, L') beside the new one."""
-        return x.gather(1, self.index).masked_fill(~self.is_real, fill)
-
-
-def recut(applied: Applied, input_ids: Tensor | None, inputs: dict[str, Any], image_token_id: int) -> Cut | None:
-    """The prompt of a call with C placeholders per image where it has P; None where it fits as it is."""
-    images = n_images(inputs)
-    if input_ids is None or not images or not applied.changes_features:
-        return None
-    total = int((input_ids == image_token_id).sum())
-    n_now, n_wanted = total // images, applied.method.n_visual(applied.n_patches)
-    if n_now * images == total and n_now == n_wanted:
-        return None
-    if n_now * images != total or n_now != applied.n_patches:
-        raise ValueError(
-            f"the prompts have {total} image placeholders for {images} images; {applied.method.name} takes "
-            f"{applied.n_patches} for each (or the {n_wanted} that it needs)"
-        )
-    return cut_placeholders(input_ids, inputs.get("attention_mask"), image_token_id, images, n_wanted)
-
-
-def cut_placeholders(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, images: int, n_wanted: int) -> Cut:
-    """Keep the first n_wanted placeholders of each image; prompts with fewer images are padded on the left.
-
-    >>> ids = torch.tensor([[9, 9, 1, 9, 9, 2], [0, 0, 9, 9, 3, 4]])
-    >>> cut = cut_placeholders(ids, torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]), 9, images=3, n_wanted=1)
-    >>> cut.input_ids.tolist(), cut.attention_mask.tolist()
-    ([[0, 9, 1, 9, 2], [0, 0, 9, 3, 4]], [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    """
-    image = image_of(input_ids, image_token_id, images)
-    n_now = int((image == 1).sum())
-    rank = ((image > 0).flatten().long().cumsum(dim=0) - 1).view_as(image) % n_now
-    packed = pack_left_padded((image == 0) | (rank < n_wanted))
-    padding_id = 0 if image_token_id else 1  # any id but a placeholder's: it is masked
-    ids = input_ids.gather(1, packed.index).masked_fill(~packed.is_real, padding_id)
-    if attention_mask is not None:
-        attention_mask = attention_mask.gather(1, packed.index).masked_fill(~packed.is_real, 0)
-    elif not bool(packed.is_real.all()):
-        attention_mask = packed.is_real.long()
-    return Cut(ids, attention_mask, packed.index, packed.is_real)
+def check_forward(applied: Applied, kwargs: dict[str, Any]) -> Tensor | None:
+    """ValueError for calls that a cut prompt cannot follow. Takes the labels out, which must follow it."""
+    name, is_cut = applied.method.name, applied.drop_run is None and applied.changes_features
+    if applied.drop_run is not None and kwargs.get("labels") is not None:
+        raise ValueError(f"{name} drops tokens inside the model; compute the loss from the logits")
+    renumbers = is_cut and not applied.family.has_axes and applied.run.prompt_length is None  # generate has its own
+    for given in ("question_ids", "kv_positions", *(("position_ids",) if renumbers else ())):
+        if is_cut and kwargs.get(given) is not None:
+            raise ValueError(f"{name} cuts the prompt; leave out {given}")
+    return kwargs.pop("labels", None) if is_cut else None
 
 
 def check_generation(applied: Applied, config: GenerationConfig | None, options: dict[str, Any]) -> None:
-    """ValueError for ways to generate that cannot go with tokens dropped inside the language model. `options`: what
-    generate was given, which counts before `config`."""
-    if applied.drop_run is None:
+    """ValueError for ways to generate that cannot go with tokens that leave. `options`: what generate was given, which
+    counts before `config`."""
+    method, is_inside = applied.method, applied.drop_run is not None
+    if not is_inside and not applied.changes_features:
         return
     for name in NOT_WHILE_DROPPING:
         value = options.get(name)
@@ -365,17 +370,10 @@ def check_generation(applied: Applied, config: GenerationConfig | None, options:
             value = getattr(config, name, None)
         if value and value != "dynamic":
             raise ValueError(
-                f"{applied.method.name} does not go with {name}={value!r}: its layers differ in length, and the prompt must "
-                "be read in one piece, without guessed tokens"
+                f"{method.name} does not go with {name}={value!r}: tokens leave its cache, and the prompt must be read in "
+                "one piece, without guessed tokens"
             )
-
-
-def with_prompt(out: Any, prompt: Tensor, n_cut_prompt: int) -> Any:
-    """generate's output with the caller's prompt in front instead of the one that was cut."""
-    sequences = out if isinstance(out, Tensor) else out.sequences
-    repeated = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
-    joined = torch.cat((repeated, sequences[:, n_cut_prompt:]), dim=1)
-    if isinstance(out, Tensor):
-        return joined
-    out.sequences = joined
-    return out
+    if is_inside or not has_images(options):
+        return
+    if options.get("position_ids") is not None and not applied.family.has_axes:
+        raise ValueError(f"{method.name} cuts the prompt; leave position_ids to generate")

@@ -1,7 +1,7 @@
 """Average pooling: n tokens, each the mean of one cell of the patch grid.
 
 Source:  VoCo-LLaMA Table 1 "Avg. Pool + Linear"; LLaMA-VID (b3d3ae2) `compress_type: mean`, its content token.
-Differs: general n by adaptive pooling on the square grid (as in Matryoshka Multimodal Models); LLaMA-VID's
+Differs: general n by adaptive pooling on the grid (as in Matryoshka Multimodal Models); LLaMA-VID's
          text-conditioned context token is left out; pooling after the projector is a switch.
 """
 
@@ -32,6 +32,7 @@ class AvgPool(Compressor):
     PAPER = "VoCo-LLaMA, arXiv:2406.12275 (baseline)"
     ACTS = "before the LLM"
     TRAINED = False
+    NEEDS_GRID = True
 
     @classmethod
     def for_budget(cls, budget: float, n_patches: int, n_layers: int) -> dict[str, Any]:
@@ -52,19 +53,25 @@ class AvgPool(Compressor):
     def before_llm(self, images: ImageFeatures) -> Tensor:
         self.n_visual(images.features.shape[1])
         if self.settings.place == "after_projector":
-            return self._pool(images.patches)
-        return images.project(self._pool(images.features))
+            return self._pool(images.patches, images.grid)
+        return images.project(self._pool(images.features, images.grid))
 
     def source(self, images: ImageFeatures) -> Tensor:
         n_images, n_patches, _ = images.features.shape
         identity = torch.eye(n_patches, device=images.features.device)
-        return (self._pool(identity[None]) > 0).float().expand(n_images, -1, -1)
+        return (self._pool(identity[None], images.grid) > 0).float().expand(n_images, -1, -1)
 
-    def _pool(self, tokens: Tensor) -> Tensor:
+    def _pool(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """(B, P, width) -> (B, n_tokens, width)"""
         n_images, n_patches, width = tokens.shape
         side, n_side = math.isqrt(n_patches), math.isqrt(self.settings.n_tokens)
-        if side * side != n_patches:
+        if grid is None and side * side != n_patches:
             raise ValueError(f"avg_pool needs a square patch grid, got {n_patches} patches")
-        grid = tokens.transpose(1, 2).reshape(n_images, width, side, side)
-        return adaptive_avg_pool2d(grid, n_side).flatten(2).transpose(1, 2)
+        rows, columns = (side, side) if grid is None else grid
+        if n_side > min(rows, columns):
+            raise ValueError(
+                f"avg_pool: n_tokens={self.settings.n_tokens} are {n_side} x {n_side} cells, the picture has {rows} x "
+                f"{columns} patches; give at most {min(rows, columns) ** 2}"
+            )
+        laid_out = tokens.transpose(1, 2).reshape(n_images, width, rows, columns)
+        return adaptive_avg_pool2d(laid_out, n_side).flatten(2).transpose(1, 2)

@@ -61,6 +61,9 @@ class ImageFeatures:
     pixels: Tensor | None = None  # (B, 3, height, width) in [0, 1]; None where codes were computed before
     codes: Tensor | None = None  # (B, h, w, channels) quantized latents computed before; None: from pixels
     tower: TowerView | None = None  # for methods that ask for it by `reads_tower`
+    grid: tuple[int, int] | None = None  # rows and columns of the patches; None: a square
+    text: Tensor | None = None  # (B, L, D) the prompt of each image's sample as the LLM receives it; only in `apply`
+    is_text: Tensor | None = None  # (B, L) bool, which of them are text
     merged: TokenMerge | None = None  # what `tower_merges` did; `features` are then the merged ones
 
     @property
@@ -130,6 +133,7 @@ class Compressor(nn.Module):
     TRAINED: ClassVar[bool] = True  # does it need training? Most that do not can be trained, too
     VARIANTS: ClassVar[tuple[dict[str, Any], ...]] = ()  # shown beside the method in tables: what is set besides the budget
     QUESTION_INDEPENDENT: ClassVar[bool] = True  # may its result be cached and shared by all questions?
+    NEEDS_GRID: ClassVar[bool] = False  # does `before_llm` need to know where in the picture a patch is?
 
     def __init__(self, settings: Any) -> None:
         super().__init__()

@@ -236,3 +236,12 @@ def tiny_inputs(family: str, prompts: Sequence[Sequence[int]]) -> Inputs:
     if family.startswith("qwen"):
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     return batch
+
+
+def n_tokens(batch: Inputs) -> list[int]:
+    """Visual placeholders of each prompt.
+
+    >>> n_tokens(tiny_inputs("qwen3_vl", [[0], [], [1]]))
+    [16, 0, 8]
+    """
+    return [int(n) for n in (batch["input_ids"] == IMAGE).sum(dim=1)]

@@ -1,0 +1,193 @@
+"""Knows what differs between families of vision-language models, for `apply`: where features come from, grids, axes.
+
+Source:  transformers 5.23, what its vision-language models have in common: get_decoder, config.image_token_id,
+         get_image_features with one tensor for each image (read and tested: LLaVA, LLaVA-NeXT, LLaVA-OneVision, InternVL,
+         SmolVLM / Idefics3, Qwen2.5-VL, Qwen3-VL).
+Differs: a family overrides only what is its own; a model of no known family gets the defaults if it answers to those names.
+         Methods before the language model see the visual tokens as the decoder was to get them, after the projector;
+         LLaVA's see the vision tower's features as well, as the papers' codes do. An image of LLaVA-NeXT and LLaVA-OneVision
+         is all its tiles with their newlines, one of InternVL all its tiles; SmolVLM writes marks between tiles, so there a
+         tile counts as an image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
+from htc_vlm.applied import hf_compat
+from htc_vlm.compressors import Compressor
+
+
+class Family:
+    """The defaults: images of any length, tokens taken at the decoder's door, no grid."""
+
+    name: ClassVar[str] = "any"
+    model_types: ClassVar[tuple[str, ...]] = ()
+    tower_acts: ClassVar[bool] = False  # may a method act in the vision tower?
+    tower: ClassVar[str] = "its vision tower has no place for methods here"
+    grid: ClassVar[str | None] = "it is not known where in the picture its tokens are"  # why there is none; None: there is
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.headless = model.base_model
+        self.decoder = model.get_decoder()
+        self.text_config = model.config.get_text_config()
+
+    @property
+    def n_patches(self) -> int | None:
+        """P, where each image has the same number of tokens; None where it differs."""
+        return None
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def has_axes(self) -> bool:
+        """Are positions (time, row, column) instead of one number (M-RoPE)?"""
+        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
+
+    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+        """(rows, columns) of one image's tokens. position (axes, 1, n_patches): where there are axes. None: no grid."""
+        return None
+
+    def check(self, method: Compressor) -> None:
+        """ValueError for a method that cannot act on this family, saying what does."""
+        if method.acts_in_tower and not self.tower_acts:
+            raise ValueError(
+                f"{method.name} acts in a CLIP tower whose patches go straight to the projector (LLaVA's); in "
+                f"{type(self.model).__name__} {self.tower}; use divprune, random_drop, or tome with place='after_tower' "
+                "and metric='features'"
+            )
+        if method.NEEDS_GRID and self.grid is not None:
+            raise ValueError(
+                f"{method.name} needs a grid of patches; in {type(self.model).__name__} {self.grid}; use divprune, "
+                "random_drop, or tome with place='after_tower' and metric='features'"
+            )
+
+
+class Llava(Family):
+    """LLaVA and ours: every image has P patches, methods act before the projector or in a CLIP tower."""
+
+    name = "llava"
+    model_types = ("llava", "htc_vlm")
+    tower_acts = True
+    grid = None
+
+    @property
+    def n_patches(self) -> int | None:
+        return hf_compat.n_patches(self.model.config)
+
+
+class LlavaNext(Family):
+    """Tiles are cut to the picture's shape and get a newline after each row."""
+
+    name = "llava_next"
+    model_types = ("llava_next",)
+    tower = "tiles are cut to the picture's shape after the projector, for which each tile must keep its grid"
+    grid = "an image is an overview and tiles with newlines"
+
+
+class LlavaOnevision(LlavaNext):
+    """As LLaVA-NeXT, on SigLIP."""
+
+    name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    tower = "tiles of a SigLIP tower (no class token) are cut to the picture's shape, for which each must keep its grid"
+
+
+class InternVL(Family):
+    """An image is a run of tiles, each a square of tokens after pixel shuffle."""
+
+    name = "internvl"
+    model_types = ("internvl",)
+    tower = "pixel shuffle needs each tile's whole grid after the tower"
+    grid = None
+
+    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+        vision = self.model.config.vision_config
+        sides = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
+        n_tile = int(math.prod(sides) * self.model.config.downsample_ratio**2)
+        if n_patches != n_tile:
+            raise ValueError(
+                f"this image is {n_patches // n_tile} tiles of InternVL, which have no common grid; give the processor "
+                "crop_to_patches=False (one tile), or use divprune or random_drop"
+            )
+        return math.isqrt(n_tile), math.isqrt(n_tile)
+
+
+class SmolVLM(Family):
+    """SmolVLM and Idefics3: a tile is an image here, a square of tokens after pixel shuffle."""
+
+    name = "smolvlm"
+    model_types = ("smolvlm", "idefics3")
+    tower = "pixel shuffle needs each tile's whole grid after the tower"
+    grid = None
+
+    @property
+    def n_patches(self) -> int | None:
+        config = self.model.config
+        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
+
+    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+        return math.isqrt(n_patches), math.isqrt(n_patches)
+
+
+class QwenVL(Family):
+    """Qwen2.5-VL and Qwen2-VL: pictures at their own size; positions are (time, row, column)."""
+
+    name = "qwen2_5_vl"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
+    tower = "the tower (no class token) merges 2 x 2 patches at its end, for which each picture must keep its grid"
+    grid = None
+
+    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+        if position is None:
+            raise ValueError("the picture's rows and columns are read from M-RoPE positions; give mm_token_type_ids")
+        rows, columns = (int(axis.max() - axis.min()) + 1 for axis in position[-2:])
+        if rows * columns != n_patches:
+            raise ValueError(f"{n_patches} tokens are no picture of {rows} x {columns}; videos are not supported")
+        return rows, columns
+
+
+class Qwen3VL(QwenVL):
+    """As Qwen2.5-VL; the first layers add deeper features of the tower, which leave with their tokens."""
+
+    name = "qwen3_vl"
+    model_types = ("qwen3_vl",)
+
+
+KNOWN: tuple[type[Family], ...] = (Llava, LlavaNext, LlavaOnevision, InternVL, SmolVLM, QwenVL, Qwen3VL)
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model; the defaults for one that is not known. ValueError naming what a model lacks for them."""
+    lacks = [
+        name
+        for name, has in (
+            ("get_decoder", hasattr(model, "get_decoder")),
+            ("config.image_token_id", hasattr(getattr(model, "config", None), "image_token_id")),
+            ("get_image_features", hasattr(getattr(model, "base_model", None), "get_image_features")),
+        )
+        if not has
+    ]
+    if lacks:
+        raise ValueError(
+            f"apply works on vision-language models of transformers, e.g. a LlavaForConditionalGeneration; got "
+            f"{type(model).__name__}, which lacks {', '.join(lacks)}"
+        )
+    if isinstance(model, LlavaForConditionalGeneration):
+        return Llava(model)
+    for family in KNOWN:
+        if model.config.model_type in family.model_types:
+            return family(model)
+    return Family(model)
+
+
+def has_clip_tower(family: Family) -> bool:
+    """Is the vision tower one in which VisionZip and ToMe act?"""
+    return family.tower_acts and isinstance(family.headless.vision_tower, CLIPVisionModel)
