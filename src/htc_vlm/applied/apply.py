@@ -49,6 +49,7 @@ class Applied:
         self._build = functools.cache(lambda n: build_for(name, settings, budget, n, family.n_layers))
         self.n_nominal = self.n_patches or (ANY_NUMBER if budget is None else PUBLISHED_PATCHES)
         self.method = self._build(self.n_nominal)
+        check(family, self.method, self.n_nominal)
         options: dict[str, Any] = {
             "method_of": self._build, "image_token_id": family.model.config.image_token_id,
             "n_nominal": self.n_nominal, "has_axes": family.has_axes,
@@ -175,7 +176,6 @@ def apply(model: Any, name: str, *, budget: float | None = None, **settings: Any
     family = family_of(model)
     check_free(model)
     applied = Applied(family, name, settings, budget)
-    check(family, applied)
     swaps = plan_swaps(applied)
     classes = [type(module) for module, _, _ in swaps]
     try:
@@ -220,16 +220,15 @@ def check_free(model: Any) -> None:
         raise ValueError(f"this model has compressor {own['name']!r} of its own; apply works on uncompressed ones")
 
 
-def check(family: Family, applied: Applied) -> None:
+def check(family: Family, method: Compressor, n_patches: int) -> None:
     """ValueError for families and methods that do not go together, saying what does."""
-    method = applied.method
     if method.n_bottleneck or type(method).setup not in (Compressor.setup, AppliedOnly.setup):
         raise ValueError(
             f"{method.name} has weights or a bottleneck token that must be trained; load a checkpoint that has them "
             "(htc_vlm.load), apply is for methods without"
         )
     family.check(method)
-    method.schedule(applied.n_nominal, family.n_layers)
+    method.schedule(n_patches, family.n_layers)
     method.check_heads(family.text_config.num_attention_heads)
 
 
