@@ -1,5 +1,7 @@
-# make demo    pictures -> one token each -> answers and a heatmap       make check   ruff, mypy, import layers
-# make test    the tests: CPU, offline                                    make table   rebuild the tables from results/
+# make demo    pictures -> one token each -> answers and a map          make check   ruff, mypy, import layers
+# make test    the tests: CPU, offline                                make docs    the documentation site, strict
+# make study   the study's own tests                                  make wheel   build the wheel, install it alone, use it
+# make slow    the slow tests                                         make table   rebuild pages and plots from results
 # The first target that runs makes .venv from scratch.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,18 +9,19 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-# Worker processes of `make test`; each runs torch on one thread (tests/conftest.py).
+# Worker processes of the tests; each runs torch on one thread (tests/conftest.py).
 JOBS ?= 2
 DEMO_OUT ?= runs/demo
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check table clean
+.PHONY: help demo test study slow wheel docs check table clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,7 +33,17 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
+	$(PYTEST) tests src
+
+study: $(READY)
+	$(PYTEST) study
+
+slow: $(READY)
+	$(PYTEST) -m slow tests src study
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -42,4 +55,4 @@ table: $(READY)
 	$(BIN)/python study/readme.py
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build
