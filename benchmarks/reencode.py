@@ -113,7 +113,7 @@ def main() -> int:
     answerer = Answerer(model.to(options.device), processor)
     found = compare(answerer, chosen, options.batch_size, task.max_new_tokens)
     result = {
-        "model": options.model, "fingerprint": model.fingerprint(), "task": "easy-vqa", "n_images": len(pictures),
+        "model": options.model, "recipe": model.recipe().digest, "task": "easy-vqa", "n_images": len(pictures),
         "n_questions": len(chosen), "questions_per_image": round(len(chosen) / len(pictures), 2),
         "batch_size": options.batch_size, "device": options.device, "threads": torch.get_num_threads(),
         **summary(found), **provenance(),

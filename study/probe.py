@@ -25,10 +25,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.eval.compare import paired_bootstrap
+from htc_vlm.model.look_maps import split_visual
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 from htc_vlm.tiny import pictograms
-from htc_vlm.viz.attention_map import split_visual
 from study.linear_probe import Probed, probe
 
 GROUPS = {"S": ("concept", "category"), "D": ("style", "turn", "size", "place", "tile")}
@@ -81,7 +81,7 @@ def representations(model: HtcVlmForConditionalGeneration, pixel_values: Tensor)
     cells: keys and values of the bottleneck in all layers.
     """
     visual = model.visual_tokens(pixel_values)  # (N, C, D)
-    anchors, patches = split_visual(model, visual)
+    anchors, patches = split_visual(model.config.compressor, visual)
     out = {name: part.mean(dim=1) for name, part in (("anchors", anchors), ("patches", patches)) if part.shape[1]}
     n_bottleneck = model.model.compressor.n_bottleneck
     if n_bottleneck:

@@ -448,7 +448,7 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
         if job.config["method"] is None:
             raise
         return {"metrics": {}, "impossible": str(error)}
-    out: dict[str, Any] = {"metrics": {}, "answers": {}, "fingerprint": model.fingerprint()}
+    out: dict[str, Any] = {"metrics": {}, "answers": {}, "recipe": model.recipe().digest}
     started = time.perf_counter()
     with applied_method(job, model) as applied:
         for name, one in tests.items():

@@ -136,7 +136,7 @@ def through_generate(bench: Bench, batch: int) -> dict[str, Any]:
     """The first token through `generate`, as a program asks: host work, placing and checks included."""
     model, ids = bench.model, bench.question(batch)
     twin = without_compression(model)
-    cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.fingerprint(), bench.n_visual)
+    cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.recipe().digest, bench.n_visual)
     features = bench.random(batch, bench.n_patches, model.config.vision_config.hidden_size)
     placeholders = ids.new_full((batch, bench.n_patches), model.config.image_token_index)
     with_image = torch.cat((placeholders, ids), dim=1)
@@ -160,7 +160,7 @@ def answers(bench: Bench, batch: int) -> dict[str, Any]:
     """Whole answers of n_new tokens through `generate`, over a cache that grows and over a static one, which transformers
     compiles the decoding for on a GPU (while warming up)."""
     model, ids, n_new, decoder = bench.model, bench.question(batch), bench.shape.n_new, bench.decoder
-    cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.fingerprint(), bench.n_visual)
+    cells = CompressedImages(random_cells(bench, batch, bench.n_bottleneck), model.recipe().digest, bench.n_visual)
     sides: dict[str, tuple[Any, dict[str, Any], int]] = {
         "from_cache": (model, {"compressed": cells}, bench.n_bottleneck), "text_only": (without_compression(model), {}, 0),
     }  # fmt: skip

@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
         test_split=options.split, scenes=options.scenes.replace("-", " "), batch_size=options.batch_size, seed=options.seed,
     )  # fmt: skip
     about = {
-        "model": options.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint(),
+        "model": options.model, "compressor": model.config.compressor, "recipe": model.recipe().digest,
         "device": options.device,
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ def test_it_prints_a_table_and_writes_a_result(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert "| majority |" in printed and printed.splitlines()[-1] == str(out)
     result = json.loads(out.read_text())
-    assert {"commit", "dirty", "versions", "command", "seconds", "fingerprint", "compressor", "seed"} <= set(result)
+    assert {"commit", "dirty", "versions", "command", "seconds", "recipe", "compressor", "seed"} <= set(result)
 
 
 def test_too_many_scenes_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,7 +187,7 @@ def test_killed_and_started_again_it_gives_the_same_answers(study: Path) -> None
     assert process.returncode == -signal.SIGKILL and not (study / "results-again/table1/voco/0.json").exists()
     assert train_and_eval.run(other) == 0
     again = json.loads((study / "results-again/table1/voco/0.json").read_text())
-    assert again["fingerprint"] == whole["fingerprint"] and again["answers"] == whole["answers"]
+    assert again["recipe"] == whole["recipe"] and again["answers"] == whole["answers"]
     assert "checkpoint-" in json.loads((train / "report.json").read_text())["resumed_from"]
 
 

@@ -176,7 +176,7 @@ def test_settings_and_weights_survive_saving(case: Case, tmp_path: Path) -> None
     assert config.compressor == method.to_dict() == model.config.compressor
     assert build(**config.compressor).settings == method.settings
     again = HtcVlmForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=case.attention).eval()
-    assert again.fingerprint() == model.fingerprint()
+    assert again.recipe() == model.recipe()
     expected = text_logits(model, inputs, pixel_values=images)
     assert_close(text_logits(again, inputs, pixel_values=images), expected, 0)
 

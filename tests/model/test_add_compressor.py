@@ -153,7 +153,7 @@ def test_a_converted_checkpoint_loads_again(stock: Path, mgvq: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, _ = with_compressor(tmp_path, HTC)  # the quantizer is in the checkpoint
-    assert again.fingerprint() == model.fingerprint()
+    assert again.recipe() == model.recipe()
     assert again.get_input_embeddings().weight.equal(model.get_input_embeddings().weight)
 
 
@@ -259,7 +259,7 @@ def test_an_original_checkpoint_takes_a_compressor_and_saves(original: Path, cli
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, loaded = with_compressor(tmp_path, HTC)
-    assert again.fingerprint() == model.fingerprint()
+    assert again.recipe() == model.recipe()
     inputs = loaded(images=tinies.pictures(1), text="<image> what is it ?", return_tensors="pt")
     out = again.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 3

@@ -17,7 +17,7 @@ def placed(rows: list[list[int]], n_images: int, n_bottleneck: int = 1, image_co
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return place(ids, mask, n_images, n_bottleneck, image_cost, image_token_id=V, bottleneck_token_id=B)
+    return place(ids, mask, n_images, n_bottleneck, [image_cost] * n_images, image_token_id=V, bottleneck_token_id=B)
 
 
 def test_an_image_in_front_is_a_plain_prefix() -> None:
@@ -72,7 +72,7 @@ def test_prompts_without_placeholders_get_one_image_each() -> None:
 def test_padding_tokens_that_look_like_placeholders_are_ignored() -> None:
     """Some tokenizers pad with a token of the prompt; the mask decides."""
     ids, mask = torch.tensor([[B, B, B, 5]]), torch.tensor([[0, 0, 1, 1]])
-    out = place(ids, mask, 1, 1, 4, image_token_id=V, bottleneck_token_id=B)
+    out = place(ids, mask, 1, 1, [4], image_token_id=V, bottleneck_token_id=B)
     assert out.image.tolist() == [[0]] and out.text_ids.tolist() == [[5]]
 
 

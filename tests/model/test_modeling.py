@@ -1,4 +1,4 @@
-"""HtcVlmForConditionalGeneration: what it gives its language model, what it refuses, packed questions, fingerprints."""
+"""HtcVlmForConditionalGeneration: what it gives its language model, what it refuses, packed questions, recipes."""
 
 from __future__ import annotations
 
@@ -190,23 +190,23 @@ def test_a_wrong_configuration_is_refused(options: dict[str, Any], message: str)
         HtcVlmConfig(vision_config=tinies.vision_config(), text_config=tinies.text_config(), image_token_index=IMAGE, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------- fingerprint
+# ----------------------------------------------------------------------------------------------------------- recipe
 @torch.no_grad()
-def test_the_fingerprint_changes_with_weights_and_settings_and_nothing_else(tmp_path: Path) -> None:
-    """Cells of another model are numbers of the right shape; only the fingerprint tells."""
+def test_the_recipe_changes_with_weights_and_settings_and_nothing_else(tmp_path: Path) -> None:
+    """Cells of another model are numbers of the right shape; only the recipe tells."""
     model = build(VOCO)
-    print_of = model.fingerprint()
-    assert build(VOCO).fingerprint() == print_of
-    assert build(VOCO, "eager").fingerprint() == print_of
-    assert build({**VOCO, "visual_attention": "self"}).fingerprint() != print_of
+    recipe = model.recipe().digest
+    assert build(VOCO).recipe().digest == recipe
+    assert build(VOCO, "eager").recipe().digest == recipe
+    assert build({**VOCO, "visual_attention": "self"}).recipe().digest != recipe
     model.save_pretrained(tmp_path)
     half = HtcVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.fingerprint() == print_of  # weights are compared as bfloat16
+    assert half.recipe().digest == recipe  # weights are compared as bfloat16
     model.lm_head.weight[0, 0] += 1
-    assert model.fingerprint() != print_of
+    assert model.recipe().digest != recipe
     model.lm_head.weight[0, 0] -= 1
     model.model.language_model.embed_tokens.weight.mul_(1.5)
-    assert model.fingerprint() != print_of
+    assert model.recipe().digest != recipe
 
 
 def test_weights_are_saved_under_the_names_in_memory(tmp_path: Path) -> None:

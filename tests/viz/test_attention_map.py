@@ -67,13 +67,13 @@ def test_the_maps_are_the_attention_of_the_pass_that_compresses() -> None:
 
 
 def test_asking_for_the_maps_changes_nothing() -> None:
-    """Hooks or another attention left behind would change the cells, and their fingerprint's promise."""
+    """Hooks or another attention left behind would change the cells, and their recipe's promise."""
     model = tiny.loaded(tiny.HTC)[0]
     images = pixels(tiny.HTC)
     before = model.compress(pixel_values=images)
     bottleneck_maps(model, images)
     after = model.compress(pixel_values=images)
-    assert torch.equal(before.kv, after.kv) and before.fingerprint == after.fingerprint
+    assert torch.equal(before.kv, after.kv) and before.recipe == after.recipe
 
 
 def test_the_maps_are_of_the_cells_that_questions_are_answered_from() -> None:

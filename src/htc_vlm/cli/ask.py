@@ -122,7 +122,7 @@ def answer(options: argparse.Namespace, questions: list[str], pictures: list[Any
             print(f"htc-vlm ask: {options.model} has never seen the words: {', '.join(unknown)}", file=sys.stderr)
     if options.load is not None:
         encoded: Any = CompressedImages.load(options.load)
-        encoded.check_made_by(model.fingerprint())
+        encoded.check_made_by(model.recipe().digest)
         names = [f"{options.load.name}[{i}]" for i in range(len(encoded))]
     else:
         encoded = answerer.encode(pictures)

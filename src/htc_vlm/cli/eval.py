@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
 
     model, processor = load(args.model, compressor=parse_compressor(args.compressor))
     method = _method(args, model)
-    config = {"model": args.model, "compressor": model.config.compressor, "fingerprint": model.fingerprint()}
+    config = {"model": args.model, "compressor": model.config.compressor, "recipe": model.recipe().digest}
     model.to(args.device).eval()
     with nullcontext() if method is None else apply(model, **method) as applied:
         answerer = Answerer(model, processor, keep_pixels=applied is not None and applied.method.acts_in_tower)

@@ -86,6 +86,7 @@ def with_compressor(
     processor = HtcVlmProcessor.for_config(
         model.config, base.image_processor, base.tokenizer, **base.processor_options
     )
+    model.image_processor = processor.image_processor
     return model, processor
 
 

@@ -69,7 +69,8 @@ class Answerer:
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)
         if self.model.model.compressor.n_bottleneck:
-            return self.model.compress(pixel_values=pixels)
+            _check_processor(self.model, self.processor)
+            return self.model.compress(pixel_values=pixels, image_processor=self.processor.image_processor)
         if self.keep_pixels:
             return pixels
         return self.model.model.vision_features(pixel_values=pixels)
@@ -105,7 +106,9 @@ class Answerer:
         is_compressed = isinstance(encoded, CompressedImages)
         inputs = self.inputs(questions, is_compressed)
         images: dict[str, Any]
-        if isinstance(encoded, CompressedImages):  # one picture for all questions is shared; several are gathered
+        if isinstance(encoded, CompressedImages):
+            _check_processor(self.model, self.processor)
+            # one picture for all questions is shared; several are gathered
             one = encoded[which[0]] if len(set(which)) == 1 else None
             images = {"compressed": encoded[list(which)] if one is None else one, "cache_implementation": self.cache}
         else:
@@ -121,3 +124,18 @@ class Answerer:
             return []
         unknown = tokenizer.unk_token_id
         return [word for word in question.split() if unknown in tokenizer.encode(word, add_special_tokens=False)]
+
+
+def _check_processor(model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor) -> None:
+    """ValueError for another image processor than the model's own: its images would not be this model's. One is adopted
+    by a model without."""
+    given = processor.image_processor
+    if model.image_processor is None:
+        model.image_processor = given
+    elif model.image_processor is not given:
+        other = [name for name in model.recipe().differences(model.recipe(given).parts) if name.startswith("processor")]
+        if other:
+            raise ValueError(
+                f"the image processor is not the one this model was loaded with ({', '.join(other)} differ); "
+                "set model.image_processor = processor.image_processor first"
+            )

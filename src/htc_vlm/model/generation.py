@@ -19,7 +19,8 @@ from htc_vlm.model import reading
 from htc_vlm.model.backbone import HtcVlmPreTrainedModel
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.image_slots import Placed, place
-from htc_vlm.model.recipe import fingerprint
+from htc_vlm.model.look_maps import byte_maps
+from htc_vlm.model.recipe import Recipe, recipe_of
 from htc_vlm.ops import rope
 
 
@@ -33,7 +34,12 @@ class Reserve:
 
 
 class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
-    """The half of HtcVlmForConditionalGeneration that compresses images and answers from them."""
+    """The half of HtcVlmForConditionalGeneration that compresses images and answers from them.
+
+    image_processor: what makes this model's pixels, a part of the recipe; `load` sets it. None: not known.
+    """
+
+    image_processor: Any = None
 
     # ---------------------------------------------------------------- compress
     @torch.no_grad()
@@ -44,11 +50,15 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         image_codes: Tensor | None = None,
         path: str = "auto",
         n_entries: int | None = None,
+        maps: bool = False,
+        image_processor: Any = None,
     ) -> CompressedImages:
         """(N, 3, height, width) -> N images as kv, one cache entry (K for K bottleneck tokens) per layer each.
 
         path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`. n_entries: fewer than K, where the compressor
         was trained with nested budgets (`Compressor.budgets`).
+        maps: keep where the bottleneck looked, too (`CompressedImages.maps`); a second pass over the image.
+        image_processor: what made the pixels, where it is not the model's own.
         ValueError for methods without a bottleneck (they have nothing smaller to keep), and for other budgets.
         """
         self._need_bottleneck()
@@ -60,13 +70,17 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             )
         visual = self.visual_tokens(pixel_values, patch_features, image_codes)
         kv = self.model.compress_visual(visual, path=path, n_entries=n_entries)
-        return CompressedImages(kv=kv, fingerprint=self.fingerprint(), n_visual=visual.shape[1])
+        seen = byte_maps(self.config.compressor, self._attention_over(visual)) if maps else None
+        return CompressedImages(kv, self.recipe(image_processor).digest, visual.shape[1], seen)
 
     @torch.no_grad()
     def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
         """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from `compress`'s pass."""
         self._need_bottleneck()
-        visual = self.visual_tokens(pixel_values, **features)
+        return self._attention_over(self.visual_tokens(pixel_values, **features))
+
+    def _attention_over(self, visual: Tensor) -> Tensor:
+        """(N, C, D) -> (N, layers, H, K, C + K)"""
         if self.model.compressor.reads_apart:
             return reading.attention(self.model.language_model, self.model.compressor, visual)
         out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
@@ -97,9 +111,9 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
                 "use voco or htc, or call generate with pixel_values"
             )
 
-    def fingerprint(self) -> str:
-        """16 hex digits of the weights and the compressor's settings: see recipe.py."""
-        return fingerprint(self, self.config.compressor)
+    def recipe(self, image_processor: Any = None) -> Recipe:
+        """What decides how a picture is compressed, see recipe.py; with the model's own image processor by default."""
+        return recipe_of(self, self.image_processor if image_processor is None else image_processor)
 
     # ---------------------------------------------------------------- answer
     def generate(
@@ -175,7 +189,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
     ) -> dict[str, Any]:
         """Prompts and compressed images -> what a forward pass or generate needs to run the text over the kv."""
         self._need_bottleneck()
-        compressed.check_made_by(self.fingerprint())
+        compressed.check_made_by(self.recipe().digest)
         compressor = self.model.compressor
         placed = place(
             input_ids,
@@ -183,7 +197,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             n_images=len(compressed),
             n_bottleneck=compressor.n_bottleneck,
             n_entries=compressed.n_bottleneck,
-            image_cost=compressed.n_visual if compressor.positions == "sequential" else 0,
+            image_costs=compressed.n_visual if compressor.positions == "sequential" else [0] * len(compressed),
             image_token_id=self.config.image_token_id,
             bottleneck_token_id=self.model._bottleneck_id(),
         )

@@ -6,6 +6,7 @@ Differs: prompts may hold several images anywhere, and several prompts may share
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ def place(
     attention_mask: Tensor | None,
     n_images: int,
     n_bottleneck: int,
-    image_cost: int,
+    image_costs: Sequence[int],
     image_token_id: int,
     bottleneck_token_id: int,
     n_entries: int | None = None,
@@ -54,11 +55,11 @@ def place(
 
     Placeholders: K bottleneck tokens per image, preceded or not by its visual placeholders (which are dropped: the
     cache stands for them). Images are taken in order of appearance. A batch without any placeholder gets one image per
-    prompt, put first; a single image is shared by all prompts. `image_cost` is the number of positions before an
-    image's first bottleneck token (C for sequential numbering, 0 for compact). n_entries: of the cached images, where they
-    have fewer than the K of the prompt's placeholders.
+    prompt, put first; a single image is shared by all prompts. `image_costs` are the numbers of positions before each
+    image's first bottleneck token (its C for sequential numbering, 0 for compact). n_entries: of the cached images, where
+    they have fewer than the K of the prompt's placeholders.
 
-    >>> placed = place(torch.tensor([[7, 9, 5, 6]]), None, 1, 1, 4, image_token_id=8, bottleneck_token_id=9)
+    >>> placed = place(torch.tensor([[7, 9, 5, 6]]), None, 1, 1, [4], image_token_id=8, bottleneck_token_id=9)
     >>> placed.text_ids.tolist(), placed.text_position.tolist(), placed.slot_position.tolist(), placed.interleaved
     ([[7, 5, 6]], [[0, 6, 7]], [[5]], True)
     """
@@ -84,8 +85,8 @@ def place(
     _check_text(tokens, is_text)
 
     starts = tokens.is_bottleneck & ((tokens.is_bottleneck.cumsum(1) - 1) % n_bottleneck == 0)
-    position = tokens.is_real.cumsum(1) - 1 + image_cost * starts.cumsum(1)
-    number = np.zeros_like(position) if shared else (starts.cumsum() - 1).reshape(starts.shape)
+    number = np.zeros(starts.shape, np.int64) if shared else (starts.cumsum() - 1).reshape(starts.shape).clip(min=0)
+    position = tokens.is_real.cumsum(1) - 1 + (starts * np.asarray(image_costs, np.int64)[number]).cumsum(1)
     slots, texts = _left_padded(starts), _left_padded(is_text)
     parts: list[NDArray[Any]] = [
         slots.of(number), slots.of(position), slots.is_real, texts.of(tokens.ids), texts.of(position), texts.is_real

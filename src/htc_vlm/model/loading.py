@@ -60,6 +60,7 @@ def _load(
         from htc_vlm.model.add_compressor import with_compressor
 
         model, processor = with_compressor(folder, compressor, dtype=dtype)
+        model.image_processor = processor.image_processor
         return model.eval(), processor
     try:
         model, info = HtcVlmForConditionalGeneration.from_pretrained(
@@ -73,7 +74,9 @@ def _load(
         raise ValueError(
             f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`"
         )
-    return model.eval(), load_processor(folder, model.config)
+    processor = load_processor(folder, model.config)
+    model.image_processor = processor.image_processor
+    return model.eval(), processor
 
 
 def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:

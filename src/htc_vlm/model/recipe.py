@@ -1,101 +1,160 @@
-"""Which model made these kv: a short name of its weights and settings, and a cheap watch over whether it still holds.
+"""Recipe of compressed images: everything that decides what a picture becomes, in one SHA-256.
 
-Source:  nothing published; sha256 over sampled weights.
-Differs: the digest is taken once, then only re-taken when the watch sees a replaced, moved or written parameter. Writing
-         through `parameter.data` in place is invisible to torch's version counters, and so to the watch.
+Source:  nothing published; vLLM 42119, 55547 and SGLang 25462 are what happens to caches whose key leaves something out.
+Differs: a dtype and a device are no part of it, so that what a bfloat16 load made can be asked by a float32 load.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
-N_SAMPLED = 1024  # values of each weight that enter the digest
+from htc_vlm.model.weights_digest import Watch, weights_digest
+
+FORMAT = 2  # of the numbers that a recipe stands for: raise it when the same parts would give other kv
+
+# What a configuration says that changes no number of a forward pass.
+WITHOUT_EFFECT = frozenset(
+    "_name_or_path transformers_version architectures dtype torch_dtype output_hidden_states output_attentions return_dict "
+    "id2label label2id problem_type use_cache chunk_size_feed_forward is_encoder_decoder initializer_range attention_dropout "
+    "pretraining_tp pad_token_id bos_token_id eos_token_id image_seq_length auto_map processor_class image_processor_type "
+    "feature_extractor_type data_format input_data_format device return_tensors disable_grouping".split()
+)
 
 
-def digest(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """16 hex digits of the weights (up to 1024 values of each, rounded to bfloat16) and of `settings`.
+@dataclass(frozen=True)
+class Recipe:
+    """What made compressed images.
 
-    Independent of device and of the dtype the weights were loaded in. ValueError for weights that are sharded over
-    processes: a process would see, and cache, its own share of the heads only.
-    """
-    made = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    weights = dict(model.named_parameters())
-    for name in sorted(weights):
-        if hasattr(weights[name], "full_tensor"):  # a DTensor
-            raise ValueError(
-                f"{name} is sharded over processes (tensor parallelism or FSDP), where images cannot be compressed or "
-                "asked from their kv; load the model whole on each device, and give each its own images"
-            )
-        flat = weights[name].detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // N_SAMPLED)][:N_SAMPLED].to(torch.bfloat16).cpu()
-        made.update(f"{name} {tuple(weights[name].shape)}".encode())
-        made.update(sample.view(torch.int16).numpy().tobytes())
-    return made.hexdigest()[:16]
+    parts: format, weights (SHA-256 of `weights_digest`: active adapters and their merge state included), model and processor
+    configurations, compressor settings, and whatever a caller of `recipe_of` added. JSON only.
 
-
-class Watch:
-    """Notices whether any parameter of a model was replaced, moved or written since.
-
-    >>> linear = nn.Linear(2, 2)
-    >>> watch = Watch(linear)
-    >>> watch.holds()
-    True
-    >>> with torch.no_grad():
-    ...     _ = linear.weight.add_(1)
-    >>> watch.holds()
-    False
+    >>> Recipe({"format": 2, "compressor": {"name": "voco"}}).digest[:8], len(Recipe({}).digest)
+    ('dcc0fd24', 64)
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [(part._modules, _ids(part._modules)) for part in modules if part._modules]
-        self._weights = [
-            (part._parameters, len(part._parameters), [(name, _state(p)) for name, p in part._parameters.items()])
-            for part in modules
-            if part._parameters
-        ]
+    parts: Mapping[str, Any]
 
-    def holds(self) -> bool:
-        """A tenth of the time that walking `named_parameters` takes: this runs before each answer."""
-        for children, ids in self._children:
-            if _ids(children) != ids:
-                return False
-        for parameters, n_parameters, kept in self._weights:
-            if len(parameters) != n_parameters:
-                return False
-            for name, state in kept:
-                now = parameters.get(name)
-                if state is None or now is None:  # a linear layer without bias has its place for one
-                    if state is not now:
-                        return False
-                elif state[0]() is not now or now._version != state[1] or now.data_ptr() != state[2]:
-                    return False
-        return True
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits: SHA-256 of the parts as JSON with sorted keys."""
+        return hashlib.sha256(json.dumps(self.parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Names of what differs in another recipe's parts.
+
+        >>> Recipe({"processor": {"size": 2, "do_pad": True}}).differences({"processor": {"size": 3, "do_pad": True}})
+        ['processor.size']
+        """
+        return list(_differences("", self.parts, other))
+
+    def __str__(self) -> str:
+        return self.digest
 
 
-def _ids(children: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(map(id, children.values()))
+def _differences(name: str, here: Any, there: Any) -> Iterator[str]:
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in sorted(here.keys() | there.keys()):
+            yield from _differences(f"{name}.{key}" if name else key, here.get(key), there.get(key))
+    elif here != there:
+        yield name
 
 
-def _state(parameter: nn.Parameter | None) -> tuple[weakref.ref[nn.Parameter], int, int] | None:
-    return None if parameter is None else (weakref.ref(parameter), parameter._version, parameter.data_ptr())
+@dataclass(frozen=True)
+class _Known:
+    watch: Watch
+    weights: str
+    seen: list[tuple[Any, dict[str, Any]]]
+    extra: str
+    recipe: Recipe
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Watch, str, str]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
-def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """`digest`, taken again only when the weights or the settings changed."""
-    written = json.dumps(settings, sort_keys=True)
+def recipe_of(model: nn.Module, image_processor: Any = None, extra: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a model as it is now. Asked again, it takes microseconds until weights, adapters or settings change.
+
+    image_processor: what makes the model's pixels; None where that is not known, which is a recipe of its own.
+    extra: further parts, JSON only (a prefix's token ids, a method's settings): {"prefix": [1, 2]}.
+    ValueError for weights that are not in this process, see `weights_digest`.
+    """
+    written = json.dumps(extra or {}, sort_keys=True)
     known = _KNOWN.get(model)
-    if known is None or known[1] != written or not known[0].holds():
-        known = (Watch(model), written, digest(model, settings))
-        _KNOWN[model] = known
-    return known[2]
+    is_same = known is not None and known.watch.holds()
+    sources = [getattr(model, "config", None), image_processor]
+    if known is not None and is_same and known.extra == written and _unchanged(known.seen, sources):
+        return known.recipe
+    watch = known.watch if known is not None and is_same else Watch(model)
+    weights = known.weights if known is not None and is_same else weights_digest(model)
+    seen = [entry for source in sources for entry in _snapshot(source)]
+    recipe = Recipe({"format": FORMAT, "weights": weights, **_settings(*sources), **json.loads(written)})
+    if known is None or not is_same:  # an adapter that had to be unmerged wrote weights
+        watch = Watch(model)
+    _KNOWN[model] = _Known(watch, weights, seen, written, recipe)
+    return recipe
+
+
+def _settings(config: Any, image_processor: Any) -> dict[str, Any]:
+    """Configuration objects -> the recipe's parts model, compressor and processor."""
+    model = _plain(config.to_dict()) if config is not None else {}
+    processor = None
+    if image_processor is not None:
+        kind = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+        processor = {"kind": kind, **_plain(image_processor.to_dict())}
+    return {"compressor": model.pop("compressor", None), "model": model, "processor": processor}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values without None and without what has no effect; sequences as lists.
+
+    >>> _plain({"size": (2, 3), "device": "cpu", "pad": None})
+    {'size': [2, 3]}
+    """
+    if isinstance(value, Mapping):
+        kept = {str(key): _plain(item) for key, item in value.items() if key not in WITHOUT_EFFECT}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+# ----------------------------------------------------------------------------------------------------- watching settings
+def _snapshot(source: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """(object, its attributes) of a configuration, and of those inside it; to_dict would take 10 ms before each answer."""
+    if source is None:
+        return [(None, {})]
+    inside = {key: value for key, value in vars(source).items() if _is_config(value)}
+    own = {key: value if key in inside else copy.deepcopy(value) for key, value in vars(source).items()}
+    return [(source, own), *(entry for value in inside.values() for entry in _snapshot(value))]
+
+
+def _unchanged(seen: list[tuple[Any, dict[str, Any]]], sources: list[Any]) -> bool:
+    objects = [id(source) for source, _ in seen]
+    if any(id(source) not in objects for source in sources):
+        return False
+    return all(_same(vars(source), kept) for source, kept in seen if source is not None)
+
+
+def _same(now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
+    if len(now) != len(kept):
+        return False
+    for key, value in kept.items():
+        current = now.get(key)
+        if current is not value and (_is_config(value) or current != value):
+            return False
+    return True
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")

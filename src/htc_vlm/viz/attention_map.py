@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from htc_vlm.files import save_figure
+from htc_vlm.model.look_maps import split_visual
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 
@@ -42,25 +43,11 @@ def bottleneck_maps(model: HtcVlmForConditionalGeneration, pixel_values: Tensor)
     first = attention[:, :, :, 0].mean(dim=2)                                               # (N, layers, C + K)
     n_bottleneck = model.model.compressor.n_bottleneck
     visual, own = first[..., :-n_bottleneck], first[..., -n_bottleneck:].sum(-1)
-    anchors, patches = (part.movedim(1, -1) for part in split_visual(model, visual.movedim(-1, 1)))
+    anchors, patches = (part.movedim(1, -1) for part in split_visual(model.config.compressor, visual.movedim(-1, 1)))
     side = math.isqrt(patches.shape[-1])
     if side * side != patches.shape[-1]:
         raise ValueError(f"{patches.shape[-1]} visual tokens are no square grid; there is nothing to lay over a picture")
     return BottleneckMaps(anchors=anchors, patches=patches.unflatten(-1, (side, side)), own=own)
-
-
-def split_visual(model: HtcVlmForConditionalGeneration, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, ...) of the visual tokens -> anchors (N, A, ...) and those in a grid (N, C - A, ...).
-
-    Anchors are those that stand as tokens of their own, A = 0 without; `channels: discrete` has a grid of codes.
-    """
-    settings = model.config.compressor
-    if settings.get("channels") != "hybrid" or settings["fusion"] == "mean":
-        return visual[:, :0], visual
-    n_anchors = int(settings["n_anchors"])
-    if settings["fusion"] == "post":
-        return visual[:, -n_anchors:], visual[:, :-n_anchors]
-    return visual[:, :n_anchors], visual[:, n_anchors:]
 
 
 def overlay(picture: Image.Image, weights: Tensor, side_pixels: int = 320) -> Image.Image:
