@@ -1,14 +1,22 @@
-"""Name -> class, for compressors, quantizers and tasks."""
+"""Name -> class, for compressors, quantizers and tasks; other packages add theirs by entry points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar, cast
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
-class Registry:
+class Registry(Generic[T]):
     """A small, explicit table of classes; a name is registered once.
 
-    >>> methods = Registry("method")
+    group: entry points of this group, in any installed package, add names; each is loaded when it is first asked for, so
+    that a package that cannot be imported breaks nothing but itself.
+
+    >>> methods: Registry[object] = Registry("method")
     >>> @methods.register("mean")
     ... class Mean: ...
     >>> methods.get("mean").__name__, methods.names()
@@ -18,14 +26,15 @@ class Registry:
     ValueError: unknown method 'median'; known: mean
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, group: str | None = None) -> None:
         self.kind = kind
+        self.group = group
         self._classes: dict[str, type] = {}
 
-    def register(self, name: str) -> Callable[[type], type]:
+    def register(self, name: str) -> Callable[[C], C]:
         """Class decorator; raises ValueError when `name` is taken by another class."""
 
-        def add(cls: type) -> type:
+        def add(cls: C) -> C:
             if name in self._classes:
                 raise ValueError(f"{self.kind} {name!r} is already registered by {self._classes[name].__qualname__}")
             self._classes[name] = cls
@@ -33,14 +42,47 @@ class Registry:
 
         return add
 
-    def get(self, name: str) -> type:
-        """The class registered as `name`; ValueError lists the known names."""
+    def get(self, name: str) -> type[T]:
+        """The class registered as `name`, here or by an entry point; ValueError lists the known names."""
         if name not in self._classes:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
-        return self._classes[name]
+            found = [point for point in self._entry_points() if point.name == name]
+            if not found:
+                raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
+            self._load(name, found)
+        return cast("type[T]", self._classes[name])
 
     def names(self) -> list[str]:
+        """All names, those of entry points included (which are not loaded for it)."""
+        return sorted({*self._classes, *(point.name for point in self._entry_points())})
+
+    def own_names(self) -> list[str]:
+        """The names that are registered already, without entry points that nobody has asked for."""
         return sorted(self._classes)
+
+    def _entry_points(self) -> tuple[EntryPoint, ...]:
+        return tuple(entry_points(group=self.group)) if self.group else ()
+
+    def _load(self, name: str, found: list[EntryPoint]) -> None:
+        """Register what an entry point names. ValueError says which package is at fault."""
+        values = sorted({point.value for point in found})
+        if len(values) > 1:
+            raise ValueError(f"{self.kind} {name!r} is offered by more than one package: {'; '.join(map(_origin, found))}")
+        try:
+            cls: Any = found[0].load()
+        except Exception as error:  # whatever a stranger's module does when it is imported
+            raise ValueError(
+                f"{self.kind} {name!r} of {_origin(found[0])} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(cls, type) or getattr(cls, "name", name) != name:
+            raise ValueError(
+                f"{self.kind} {name!r} of {_origin(found[0])} is {cls!r}; an entry point names a class whose `name` is {name!r}"
+            )
+        self._classes.setdefault(name, cls)  # it may have registered itself
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+
+def _origin(point: EntryPoint) -> str:
+    """The package of an entry point and where in it the class is."""
+    return f"{point.dist.name if point.dist is not None else 'an unnamed package'} ({point.value})"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from htc_vlm.convert.mgvq import mgvq_state_dict, ours
-from htc_vlm.quantizers.mgvq import MGVQ, PRESETS, code_statistics, signed_pixels
+from htc_vlm.quantizers import signed_pixels
+from htc_vlm.quantizers.mgvq import MGVQ, PRESETS, code_statistics
 from htc_vlm.train import train_quantizer as training
 from htc_vlm.train.train_quantizer import TokenizerTraining, stack_pictures, train_tokenizer
 

@@ -28,8 +28,6 @@ from htc_vlm.ops.merge import TokenMerge
 from htc_vlm.registry import Registry
 from htc_vlm.tokens import TokenLayout
 
-COMPRESSORS = Registry("compressor")
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -276,6 +274,9 @@ class Compressor(nn.Module):
     def to_dict(self) -> dict[str, Any]:
         """Name and every setting, ready for JSON; `build(**that)` gives the same method."""
         return {"name": self.name, **asdict(self.settings)}
+
+
+COMPRESSORS: Registry[Compressor] = Registry("compressor", group="htc_vlm.compressors")
 
 
 class AppliedOnly(Compressor):

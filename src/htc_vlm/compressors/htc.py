@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from htc_vlm import quantizers
 from htc_vlm.compressors.base import COMPRESSORS, ImageFeatures, Sizes, check_choice, check_count
 from htc_vlm.compressors.voco import Bottleneck
 from htc_vlm.quantizers.fsq import finite_scalar
@@ -34,6 +35,7 @@ class HtcSettings:
     channels: str = "hybrid"
     visual_attention: str = "self"
     positions: str = "sequential"
+    # quantizer: a registered one's `name` (mgvq), its `preset` or arguments, and the side of the picture that it reads.
     # ours: `latents` skips the quantization, `shuffled` gives each image another's code, `learnt` reads the patches
     anchor_source: str = "quantized"
     quantizer: dict[str, Any] = field(default_factory=lambda: {"preset": "f16c32g8", "image_size": 336})
@@ -77,31 +79,28 @@ class Htc(Bottleneck):
             self.learnt = LearntAnchors(self.settings.n_anchors, sizes.llm_width)
         if not self.has_code:
             return
-        from htc_vlm.quantizers.mgvq import MGVQ
-
-        self.quantizer = MGVQ(**self._quantizer_options())
-        self.quantizer.decoder = self.quantizer.post_quant_conv = None  # encoding is all the anchors need
+        cls, options = self._quantizer()
+        self.quantizer = cls(**options)
+        self.quantizer.drop_decoder()  # encoding is all the anchors need
         self.quantizer.requires_grad_(False)
-        channels, width = self.quantizer.settings.latent_channels, sizes.llm_width
+        channels, width = self.quantizer.channels, sizes.llm_width
         if self.settings.channels == "discrete":
             self.to_anchors = AnchorMLP(channels, width, width)
         else:
             hidden = self.settings.n_anchors * width  # Eq. 4: W1 16384 x 14112, W2 16384 x 16384
             self.to_anchors = AnchorMLP(self._code_side() ** 2 * channels, hidden, hidden)
 
-    def _quantizer_options(self) -> dict[str, Any]:
-        """`quantizer` with its preset spelled out and without the image size."""
-        from htc_vlm.quantizers.mgvq import PRESETS
-
-        options = {name: value for name, value in self.settings.quantizer.items() if name != "image_size"}
-        preset = options.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"htc: quantizer preset is {preset!r}; known: {', '.join(sorted(PRESETS))}")
-        return {**PRESETS[preset], **options} if preset is not None else options
+    def _quantizer(self) -> tuple[type[quantizers.Quantizer], dict[str, Any]]:
+        """The class and arguments that the setting `quantizer` names (beside the image size); ValueError for unknown ones."""
+        try:
+            return quantizers.resolve(**{key: value for key, value in self.settings.quantizer.items() if key != "image_size"})
+        except ValueError as error:
+            raise ValueError(f"htc: {error}") from error
 
     def _code_side(self) -> int:
         """Cells per side of the code: 21 for 336 pixels at 16 pixels a cell."""
-        return int(self.settings.quantizer["image_size"]) // 2 ** (len(self._quantizer_options()["widths"]) - 1)
+        cls, options = self._quantizer()
+        return int(self.settings.quantizer["image_size"]) // cls.pixels_per_cell(**options)
 
     def n_visual(self, n_patches: int) -> int:
         if self.settings.channels == "discrete":
@@ -141,9 +140,7 @@ class Htc(Bottleneck):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) in [0, 1] -> (B, h, w, channels)."""
-        from htc_vlm.quantizers.mgvq import signed_pixels
-
-        out = self.quantizer.encode(signed_pixels(pixels.float(), int(self.settings.quantizer["image_size"])))
+        out = self.quantizer.encode(quantizers.signed_pixels(pixels.float(), int(self.settings.quantizer["image_size"])))
         chosen = out.latents if self.settings.anchor_source == "latents" else out.quantized
         return chosen.permute(0, 2, 3, 1)
 

@@ -18,8 +18,6 @@ from PIL import Image
 
 from htc_vlm.registry import Registry
 
-TASKS = Registry("task")
-
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
@@ -55,6 +53,9 @@ class Task(Protocol):
         ...
 
 
+TASKS: Registry[Task] = Registry("task", group="htc_vlm.tasks")
+
+
 @runtime_checkable
 class Exports(Protocol):
     """A task that also writes predictions in the official upload format."""
@@ -69,7 +70,7 @@ class HasBaselines(Protocol):
     def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]: ...
 
 
-def find_tasks() -> Registry:
+def find_tasks() -> Registry[Task]:
     """Import every file of eval/tasks/ (one file = one benchmark) and return the filled registry."""
     package = import_module("htc_vlm.eval.tasks")
     for module in iter_modules(package.__path__):
@@ -79,7 +80,7 @@ def find_tasks() -> Registry:
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task called `name`, with protocol choices other than the defaults; ValueError names what is known."""
-    cls = find_tasks().get(name)
+    cls: Any = find_tasks().get(name)
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(options or {}) - set(known))
     if unknown:

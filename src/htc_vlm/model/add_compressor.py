@@ -25,6 +25,7 @@ from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
+from htc_vlm.quantizers.mgvq import MGVQ
 
 BOTTLENECK_TOKEN = "<voco>"
 # Sizes of the checkpoints that presets may name as `base`, from their config.json.
@@ -187,8 +188,8 @@ def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) 
 
 def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
     """Load a quantizer's encoder and codebooks (an MGVQ.save folder, or an official .pt/.safetensors file); strict."""
-    state = read_mgvq(path)
     quantizer: Any = model.model.compressor.quantizer
+    state = read_mgvq(path) if isinstance(quantizer, MGVQ) else quantizer.read_weights(Path(path))
     wanted = quantizer.state_dict()
     kept = {name: value for name, value in state.items() if not name.startswith(("decoder.", "post_quant_conv."))}
     wrong = sorted(set(wanted) ^ set(kept)) + [n for n in wanted if n in kept and wanted[n].shape != kept[n].shape]

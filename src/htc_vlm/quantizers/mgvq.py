@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htc_vlm.files import replacing, write_text
+from htc_vlm.quantizers.base import QUANTIZERS, Quantizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -100,7 +100,8 @@ PRESETS["tiny"] = {
 }
 
 
-class MGVQ(nn.Module):
+@QUANTIZERS.register("mgvq")
+class MGVQ(Quantizer):
     """DC-AE encoder, grouped cosine quantizer, DC-AE decoder.
 
     Args:
@@ -114,6 +115,9 @@ class MGVQ(nn.Module):
         decay: of the codebook's moving averages.
         dead_below: in training a code with fewer uses per batch (moving average) is replaced; 0 switches it off.
     """
+
+    name = "mgvq"
+    PRESETS = PRESETS
 
     def __init__(
         self,
@@ -144,6 +148,17 @@ class MGVQ(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"no MGVQ preset {name!r}; choose from {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def pixels_per_cell(cls, **options: Any) -> int:
+        return int(2 ** (len(options["widths"]) - 1))
+
+    @property
+    def channels(self) -> int:
+        return self.settings.latent_channels
+
+    def drop_decoder(self) -> None:
+        self.decoder = self.post_quant_conv = None
 
     @property
     def downsample(self) -> int:
@@ -222,23 +237,6 @@ class MGVQ(nn.Module):
         model = cls(**json.loads((folder / CONFIG_FILE).read_text()))
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         return model.eval()
-
-
-def signed_pixels(unit_pixels: Tensor, size: int | None = None) -> Tensor:
-    """Pixels in [0, 1], (B, 3, H, W) -> [-1, 1] as MGVQ takes them, resized to `size` x `size` when given.
-
-    A whole-number reduction averages blocks (320 -> 160: the mean of 2 x 2); any other size is antialiased bilinear.
-
-    >>> signed_pixels(torch.tensor([0.0, 0.5, 1.0, 0.5]).expand(1, 3, 4, 4), 2)[0, 0].tolist()
-    [[-0.5, 0.5], [-0.5, 0.5]]
-    """
-    height, width = unit_pixels.shape[-2:]
-    if size is not None and (height, width) != (size, size):
-        if height % size == 0 and width % size == 0:
-            unit_pixels = F.avg_pool2d(unit_pixels, (height // size, width // size))
-        else:
-            unit_pixels = F.interpolate(unit_pixels, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
-    return unit_pixels * 2 - 1
 
 
 def code_statistics(indices: Tensor, codes_per_group: int) -> CodeStatistics:

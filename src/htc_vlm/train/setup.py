@@ -192,6 +192,8 @@ def code_key(compressor: Any) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(compressor.quantizer.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    if compressor.quantizer.name != "mgvq":  # one without weights is told from another by its settings
+        digest.update(json.dumps(compressor.settings.quantizer, sort_keys=True).encode())
     kind = "latents" if compressor.settings.anchor_source == "latents" else "quantized"
     return f"{kind}-{compressor.settings.quantizer['image_size']}-{digest.hexdigest()[:12]}"
 
