@@ -42,6 +42,10 @@ class Registry(Generic[T]):
 
         return add
 
+    def unregister(self, name: str) -> None:
+        """Forget a name; for tests of a class that is no part of any package."""
+        del self._classes[name]
+
     def get(self, name: str) -> type[T]:
         """The class registered as `name`, here or by an entry point; ValueError lists the known names."""
         if name not in self._classes:

@@ -69,7 +69,7 @@ def test_htc_runs_on_another_quantizer(channels: str) -> None:
     ("quantizer", "message"),
     [
         ({"name": "nobody"}, "htc: unknown quantizer 'nobody'; known: block_means, mgvq"),
-        ({"name": "block_means", "preset": "fine"}, "htc: quantizer preset is 'fine'; known for block_means: coarse"),
+        ({"name": "block_means", "preset": "fine"}, "htc: quantizer preset is 'fine'; known: coarse"),
         ({"name": "block_means", "blocks": 2}, "htc: quantizer block_means has no option 'blocks'; known: block, levels"),
     ],
 )

@@ -67,7 +67,7 @@ def resolve(name: str = "mgvq", preset: str | None = None, **options: Any) -> tu
     cls = QUANTIZERS.get(name)
     if preset is not None and preset not in cls.PRESETS:
         known = ", ".join(sorted(cls.PRESETS)) or "none"
-        raise ValueError(f"quantizer preset is {preset!r}; known for {name}: {known}")
+        raise ValueError(f"quantizer preset is {preset!r}; known: {known}")
     made = {**cls.PRESETS[preset], **options} if preset is not None else options
     known_options = list(inspect.signature(cls).parameters)
     unknown = sorted(set(made) - set(known_options))
