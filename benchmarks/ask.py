@@ -22,7 +22,6 @@ from htc_vlm.cli.ask import cost
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import without_compression
-from htc_vlm.model.processing import HtcVlmProcessor
 from htc_vlm.tiny import pictograms
 
 N_NEW = 16  # tokens of an answer whose decoding is timed
@@ -51,10 +50,7 @@ def main() -> int:
     model, processor = load(options.model)
     compressed = Answerer(model, processor)
     twin = without_compression(model)
-    plain_processor = HtcVlmProcessor.for_config(
-        twin.config, processor.image_processor, processor.tokenizer, chat_template=processor.chat_template
-    )
-    plain = Answerer(twin, plain_processor)
+    plain = Answerer(twin, processor.fitted_to(twin.config))
     question = "what is at the top left ?"
     questions, which = [question] * options.batch, list(range(options.batch))
     pictures = [pictograms.picture(f"test/{i}") for i in which]
@@ -62,10 +58,9 @@ def main() -> int:
 
     def text_only(n_new: int = 1) -> object:
         """The same question without an image, written and tokenised anew as the others are."""
-        prompts = [compressed.prompt(one, with_image=False) for one in questions]
-        text = processor.tokenizer(prompts, return_tensors="pt", padding=True)
-        ids = {name: text[name] for name in ("input_ids", "attention_mask")}
-        return twin.generate(**ids, min_new_tokens=n_new, max_new_tokens=n_new, do_sample=False)
+        ids = torch.tensor([processor.question_ids(one, with_image=False) for one in questions])
+        options = {"min_new_tokens": n_new, "max_new_tokens": n_new, "do_sample": False}
+        return twin.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
     def answer(cache: str) -> object:
         """N_NEW tokens about the cells."""

@@ -146,13 +146,16 @@ def test_labels_are_the_answers_and_their_ends(words: PreTrainedTokenizerFast) -
     assert encoded.n_supervised == 7
 
 
-def test_vicuna_s_prompt_is_llava_s_with_the_image_in_front() -> None:
-    """Written down from llava/conversation.py: separators " " and "</s>"; any other format costs points silently."""
+@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is it?\n<image>", "What is it? <image>"])
+def test_vicuna_s_prompt_is_llava_s(question: str) -> None:
+    """Written down from llava/conversation.py, conv_vicuna_v1, and preprocess_multimodal, which moves the image: any other
+    format costs points silently. conv_llava_v1 has "human" for "user"; LLaVA-1.5 was not trained with that one."""
     system = (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
-    assert VICUNA_V1.prompt("<image>\nWhat is it?") == f"<image><s>{system} USER: What is it? ASSISTANT:"
+    assert VICUNA_V1.prompt(question) == f"{system} USER: <image>\nWhat is it? ASSISTANT:"
+    assert VICUNA_V1.user("And where?") == "USER: And where? ASSISTANT:"
 
 
 def test_images_stay_in_the_question_when_the_style_says_so(words: PreTrainedTokenizerFast) -> None:
@@ -168,7 +171,7 @@ def test_a_tokenizer_without_an_end_is_refused(words: PreTrainedTokenizerFast) -
     """A model trained without it never stops."""
 
     class Endless:
-        eos_token = None
+        bos_token = eos_token = None
         encode = words.encode
 
     with pytest.raises(ValueError, match="has no eos_token"):
@@ -179,7 +182,7 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused() -> None:
     """Then no cut exists at which training and asking agree."""
 
     class Joining:
-        eos_token = "</s>"
+        bos_token, eos_token = None, "</s>"
 
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
             return [len(text)]
@@ -191,7 +194,7 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["words", "sentencepiece", "bytelevel"])
 def test_a_packed_question_has_the_ids_it_has_alone(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    style = TINY if kind == "words" else VICUNA_V1
+    style = TINY if kind == "words" else replace(VICUNA_V1, images_first=True)
     turns = [Turn("what is it ?", "a red house"), Turn("where ?", "top"), Turn("is it red ?", "no")]
     packed = encode_questions("p", turns, tokenizer, IMAGE_TEXT, style)
     assert packed.question_ids is not None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import ConversationError, Turn, encode_questions
+from htc_vlm.data.prompts import STYLES
 from htc_vlm.tiny import pictograms
 from htc_vlm.train import presets, setup
 
@@ -75,7 +76,7 @@ def test_every_answer_and_nothing_else_is_supervised(tmp_path: Path) -> None:
 def test_samples_come_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
     """Files are often sorted by source; and a resumed run must find the same order."""
     preset = conversations(tmp_path / "data", [{**GOOD[3], "id": str(i)} for i in range(20)])
-    orders = [[r.id for r in setup.ConversationData(preset, None, seed).records] for seed in (0, 0, 1)]
+    orders = [[r.id for r in setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], seed).records] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] != sorted(orders[2], key=int)
 
 
@@ -104,13 +105,13 @@ def test_pictures_are_checked_once_unless_they_change(tmp_path: Path, monkeypatc
     opened: list[Path] = []
     original = setup.load_for_model
     monkeypatch.setattr(setup, "load_for_model", lambda path: opened.append(path) or original(path))
-    setup.ConversationData(preset, None, checked=checked)
+    setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
     assert [path.name for path in opened] == ["a.png", "b.png"]
-    setup.ConversationData(preset, None, checked=checked)
+    setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
     assert len(opened) == 2
     (tmp_path / "data" / "b.png").write_bytes(b"")
     with pytest.raises(ValueError, match="1 of 2 pictures.*b.png"):
-        setup.ConversationData(preset, None, checked=checked)
+        setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
 
 
 def test_an_unknown_prompt_style_is_refused(tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_code_files_are_named_by_what_codes_depend_on() -> None:
 def test_the_presets_prompt_styles_are_those_of_the_data() -> None:
     """configs name them by these words."""
     named = {presets.read(path).get("prompt", "tiny") for path in presets.shipped()}
-    assert named <= set(setup.STYLES)
+    assert named <= set(STYLES)
 
 
 def test_words_of_patches_need_a_task_that_knows_them() -> None:

@@ -149,12 +149,10 @@ def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, rep
     """Tokens, bytes and milliseconds (medians) of one picture and one question, from the cache and without compression."""
     from htc_vlm.model.answering import Answerer
     from htc_vlm.model.loading import without_compression
-    from htc_vlm.model.processing import HtcVlmProcessor
 
     model = answerer.model
     twin = without_compression(model)
-    saved = answerer.processor
-    plain = HtcVlmProcessor.for_config(twin.config, saved.image_processor, saved.tokenizer, chat_template=saved.chat_template)
+    plain = answerer.processor.fitted_to(twin.config)
     return {
         "compressed": cost(answerer, picture, question, max_new_tokens, repeats),
         "uncompressed": cost(Answerer(twin, plain), picture, question, max_new_tokens, repeats),

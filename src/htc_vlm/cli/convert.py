@@ -57,15 +57,12 @@ def run(argv: list[str]) -> int:
     options = compressor_options(args.compressor, args.set)
     import torch
 
-    from htc_vlm.data.prompts import VICUNA_V1
     from htc_vlm.model.add_compressor import with_compressor
 
     dtype = args.dtype if args.dtype == "auto" else vars(torch).get(args.dtype)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype {args.dtype!r}: write auto or a torch dtype such as float32 or bfloat16")
     model, processor = with_compressor(args.llava, options, args.mgvq, dtype, vision=args.vision)
-    if processor.chat_template is None:  # the original layout has none: its format is in LLaVA's code
-        processor.chat_template = VICUNA_V1.chat_template()
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
     compressor = model.model.compressor

@@ -8,6 +8,7 @@ Differs: `<image>` gets a real row of the embedding (the original uses the id -2
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaImageProcessor,
+)
 
 IMAGE_TOKEN = "<image>"
 PAD_VOCABULARY_TO = 64  # as transformers' conversion: 32000 -> 32064, so that <voco> needs no new row
@@ -74,10 +82,37 @@ def read(path: str | os.PathLike[str], vision: str | os.PathLike[str] | None = N
         if tower is None:
             raise ValueError(f"{path} holds no vision tower; give {config['mm_vision_tower']} with --vision CLIP_FOLDER")
         state.update(_tower_weights(tower))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = read_tokenizer(Path(path))
     options = llava_options(config, vision_config)
     add_image_token(options, state, tokenizer)
     return Original(options, state, tokenizer, _image_processor(config, tower, vision_config))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. FileNotFoundError or ValueError where there is none, or nothing to read it with.
+
+    A `tokenizer.model` is Llama's SentencePiece model. Left to itself, transformers takes the configuration's
+    `model_type: llava` for another class, which puts no space before the first word ("A" for "▁A"). It is read as a
+    `legacy` one, since LLaVA tokenises the text after an image as a piece of its own, which gives it the space.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    if not (folder / "tokenizer.model").is_file():
+        raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json; copy the checkpoint's")
+    absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if absent:
+        raise ValueError(
+            f"{folder / 'tokenizer.model'} needs {' and '.join(absent)} to be read; pip install 'htc-vlm[original]'"
+        )
+    config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    return LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=config.get("add_bos_token", True))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is not there either
+        return False
 
 
 def llava_options(config: Mapping[str, Any], vision: CLIPVisionConfig) -> dict[str, Any]:
@@ -182,8 +217,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json there; give a checkpoint folder")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        out: dict[str, Any] = json.loads(file.read_text())
+        return out
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
 

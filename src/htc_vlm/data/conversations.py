@@ -3,7 +3,7 @@
 Source:  LLaVA's data format (docs/Finetune_Custom_Data.md) and `preprocess_v1` (llava/train/train.py).
 Differs: every piece of text is tokenised once and its labels are made beside its ids, where LLaVA tokenises twice,
          counts, and sets all labels to "ignore" when the counts disagree. A sample that does not fit is refused
-         by its id. Images come first in the prompt (`PromptStyle.images_first`), so that their cache is a prefix.
+         by its id.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, load_image
+from htc_vlm.data.prompt_ids import PromptIds, Tokenizer
 from htc_vlm.data.prompts import IMAGE, TINY, PromptStyle
 
 IGNORE = -100           # the label that cross_entropy skips
@@ -25,14 +26,6 @@ N_ERRORS_SHOWN = 5
 
 class ConversationError(ValueError):
     """A conversation file or sample that cannot be used; names the file, the sample and the remedy."""
-
-
-class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
-
-    eos_token: str | None
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -71,52 +64,17 @@ def encode(record: Record, tokenizer: Tokenizer, image_text: str, style: PromptS
     """A conversation as one sequence; labels are the answers with their ends, -100 elsewhere.
 
     `image_text` is what stands for one image: its placeholders and bottleneck tokens, from the processor.
-    The first piece is `style.prompt(...)` as a whole, so training and asking see the same ids.
+    Each answer follows the ids that `prompt_ids.PromptIds.question` gives when its question is asked.
     """
-    first, *rest = record.turns
-    n_later = sum(turn.question.count(IMAGE) for turn in rest)
-    early = image_text * n_later if style.images_first else ""
+    made = PromptIds(tokenizer, style)
     input_ids: list[int] = []
     labels: list[int] = []
-    for turn, prompt in zip(
-        record.turns,
-        [early + style.prompt(first.question, image_text), *(style.user(turn.question, image_text) for turn in rest)],
-        strict=True,
-    ):
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        answer_ids = encode_answer(turn.answer, tokenizer, style)
+    prompts = made.prompts([turn.question for turn in record.turns], image_text)
+    for turn, prompt_ids in zip(record.turns, prompts, strict=True):
+        answer_ids = made.answer(turn.answer)
         input_ids += prompt_ids + answer_ids
         labels += [IGNORE] * len(prompt_ids) + answer_ids
     return Encoded(id=record.id, input_ids=input_ids, labels=labels)
-
-
-def encode_answer(answer: str, tokenizer: Tokenizer, style: PromptStyle = TINY) -> list[int]:
-    """An answer and its end as ids."""
-    text = _answer_prefix(tokenizer, style) + answer + style.answer_end(tokenizer.eos_token)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _answer_prefix(tokenizer: Tokenizer, style: PromptStyle) -> str:
-    """The space before an answer, or "" where the tokenizer puts one before every piece itself (SentencePiece).
-
-    Tried out on the tokenizer: with the wrong choice the model would be trained on another first token than the one
-    that whole text gives.
-    """
-    if style.answer_prefix != " ":
-        return style.answer_prefix
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    before = style.user_suffix.lstrip()
-    whole = ids(before + " no")
-    for prefix in (" ", ""):
-        if ids(before) + ids(prefix + "no") == whole:
-            return prefix
-    raise ValueError(
-        f"this tokenizer joins {before!r} and the answer's first word into other tokens than it gives each; "
-        "use a PromptStyle whose user_suffix ends in a token of its own"
-    )
 
 
 def encode_questions(
@@ -131,14 +89,10 @@ def encode_questions(
     inside = [turn.question for turn in turns if IMAGE in turn.question]
     if inside:
         raise ValueError(f"{id}: a packed question contains {IMAGE}: {inside[0]!r}; the image is given once, in front")
-    blocks = [
-        (
-            tokenizer.encode(style.prompt(turn.question), add_special_tokens=False),
-            encode_answer(turn.answer, tokenizer, style),
-        )
-        for turn in turns
-    ]
-    return pack(id, tokenizer.encode(image_text, add_special_tokens=False), blocks)
+    made = PromptIds(tokenizer, style)
+    prompts = [tokenizer.encode(style.prompt(turn.question), add_special_tokens=False) for turn in turns]
+    blocks = [(prompt, made.answer(turn.answer)) for prompt, turn in zip(prompts, turns, strict=True)]
+    return pack(id, made.begin(image_text), blocks)
 
 
 def pack(id: str, image_ids: Sequence[int], questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Encoded:

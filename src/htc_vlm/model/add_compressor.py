@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
 from htc_vlm.convert.mgvq import mgvq_state_dict
+from htc_vlm.data.prompts import VICUNA_V1
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
@@ -87,6 +88,8 @@ def with_compressor(
     processor = HtcVlmProcessor.for_config(
         model.config, base.image_processor, base.tokenizer, **base.processor_options
     )
+    if processor.chat_template is None:  # the original layout has none: its format is in LLaVA's code
+        processor.set_style(VICUNA_V1)
     model.image_processor = processor.image_processor
     return model, processor
 
@@ -123,6 +126,7 @@ def _read_base(
     config = HtcVlmConfig.from_dict(config.to_dict())  # checks the settings
     options = {
         "chat_template": processor.chat_template,
+        "prompt_style": processor.prompt_style,
         "image_token": processor.image_token,
         "num_additional_image_tokens": processor.num_additional_image_tokens,
     }

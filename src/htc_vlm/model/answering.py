@@ -1,7 +1,7 @@
 """Questions in, answers out: what the evaluation, the command line and the demo share.
 
-Source:  HTC-VLM section 4.2 (text after the bottleneck), asked in the format the model was trained with (its chat
-         template).
+Source:  HTC-VLM section 4.2 (text after the bottleneck), asked with the ids the model was trained on
+         (`processing.HtcVlmProcessor.question_ids`).
 Differs: nothing known.
 """
 
@@ -75,21 +75,16 @@ class Answerer:
             return pixels
         return self.model.model.vision_features(pixel_values=pixels)
 
-    def prompt(self, question: str, with_image: bool = True) -> str:
-        """The question as the chat template writes it, the image in front."""
-        parts = [{"type": "image"}] if with_image else []
-        message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-
     def inputs(self, questions: Sequence[str], is_compressed: bool) -> dict[str, Tensor]:
         """Left-padded input_ids and attention_mask of questions about one image each."""
-        prompts = [self.prompt(question) for question in questions]
-        image, n_bottleneck = self.processor.image_text(), self.processor.n_bottleneck
-        if is_compressed:  # as the processor does without pictures, at half its time
-            image = self.processor.bottleneck_token * n_bottleneck
-        prompts = [prompt.replace(self.processor.image_token, image) for prompt in prompts]
-        out = self.processor.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        return {name: out[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        rows = [self.processor.question_ids(question, is_compressed) for question in questions]
+        longest, pad = max(map(len, rows)), self.processor.tokenizer.pad_token_id or 0
+        ids = [[pad] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return {
+            "input_ids": torch.tensor(ids, device=self.model.device),
+            "attention_mask": torch.tensor(mask, device=self.model.device),
+        }
 
     def ask(
         self, encoded: CompressedImages | Tensor, which: Sequence[int], questions: Sequence[str], max_new_tokens: int

@@ -81,15 +81,8 @@ def _load(
 
 def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:
     """The processor beside a checkpoint; counts are those of the model, whatever processor was saved there."""
-    saved = HtcVlmProcessor.from_pretrained(folder)
-    return HtcVlmProcessor.for_config(
-        config,
-        saved.image_processor,
-        saved.tokenizer,
-        chat_template=saved.chat_template,
-        image_token=saved.image_token,
-        num_additional_image_tokens=saved.num_additional_image_tokens,
-    )
+    saved: HtcVlmProcessor = HtcVlmProcessor.from_pretrained(folder)
+    return saved.fitted_to(config)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:

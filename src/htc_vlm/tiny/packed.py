@@ -101,7 +101,7 @@ class Remembering:
     """A tokenizer that remembers what it has encoded: the same pieces come again and again."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.eos_token = tokenizer.eos_token
+        self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
         self.encode = lru_cache(maxsize=65536)(tokenizer.encode)
 
 

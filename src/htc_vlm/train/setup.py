@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
-from htc_vlm.data.prompts import TINY, VICUNA_V1, PromptStyle
+from htc_vlm.data.prompts import TINY, VICUNA_V1, find_style
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
@@ -30,7 +30,6 @@ from htc_vlm.train import presets
 from htc_vlm.train.loop import last_whole_checkpoint, run
 from htc_vlm.train.stages import STAGES, Stage
 
-STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1}
 CODE_PICTURE_SIZE = 160
 
 
@@ -66,6 +65,7 @@ def train_stage(
         sources = _sources(preset, model, folder, block.get("curriculum", {}))
         if start is None and "words" in preset and last_whole_checkpoint(output) is None:
             _align_words(preset, model, processor, sources, settings.seed)
+        processor.set_style(TINY)  # what packing writes
         data = PackedQuestions(
             sources,
             n_samples=settings.steps * settings.images_per_step,
@@ -292,22 +292,24 @@ def _whole_state(model: Any) -> dict[str, Tensor] | None:
 class ConversationData(Dataset):
     """LLaVA's conversation JSON with its images, processed when asked for: the way to train at real size.
 
+    The style is the preset's `prompt`; without one the processor's own, or LLaVA-1.5's where it has none. The processor is set
+    to it, so that the model is saved with it and asked in it.
     Shuffled once, by `seed`. Every picture is decoded before training starts, and all broken ones are named in one
     ValueError; `checked` remembers that, so that a resumed run starts at once.
     """
 
     def __init__(self, preset: dict[str, Any], processor: Any, seed: int = 0, checked: Path | None = None) -> None:
         self.processor = processor
-        name = preset.get("prompt", "vicuna_v1")
-        if name not in STYLES:
-            raise ValueError(f"prompt is {name!r}; known: {', '.join(STYLES)}")
-        self.style: PromptStyle = STYLES[name]
+        name = preset.get("prompt")
+        self.style = (processor.style or VICUNA_V1) if name is None else find_style(name)
+        processor.set_style(self.style)
         records: list[Record] = []
         for options in preset["data"]:
             part = presets.DataPart(**options)
             if part.json is None:
                 raise ValueError("conversations and packed tasks cannot be mixed in one preset")
             records += load_conversations(part.json, part.image_folder)
+        _refuse_placeholders(records, processor)
         _refuse_broken(records, checked)
         self.records = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
 
@@ -322,6 +324,14 @@ class ConversationData(Dataset):
         pictures = [load_for_model(path) for path in record.images]
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return Sample(encoded, {"pixel_values": pixels})
+
+
+def _refuse_placeholders(records: list[Record], processor: Any) -> None:
+    """ValueError for samples whose text has the bottleneck token in it, which would be taken for a picture's."""
+    mark = processor.bottleneck_token
+    wrong = [record.id for record in records if any(mark in turn.question + turn.answer for turn in record.turns)]
+    if wrong:
+        raise ValueError(f"sample {wrong[0]!r} contains {mark}, which stands for a picture inside the model; remove it")
 
 
 def _refuse_broken(records: list[Record], checked: Path | None) -> None:

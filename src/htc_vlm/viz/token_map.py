@@ -152,11 +152,10 @@ def record(
     settings: Mapping[str, Any],
 ) -> list[Stage]:
     """Ask once with the method applied; what became of the patches. The question matters to methods that read it."""
-    prompt = Answerer(model, processor).prompt(question)
-    inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    answerer = Answerer(model, processor, keep_pixels=True)
+    inputs = answerer.inputs([question], is_compressed=False)
     with apply(model, method, **settings) as applied:
-        model(**inputs)
+        model(**inputs, pixel_values=answerer.encode([picture]))
         return stages(applied.sources, applied.n_layers)
 
 

@@ -230,5 +230,6 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
         do_pad=True, do_resize=True, size=size, do_center_crop=False, resample=2, image_mean=config.image_mean,
         image_std=config.image_std,
     )  # fmt: skip
-    processor = HtcVlmProcessor.for_config(config, image_processor, tokenizer, chat_template=TINY.chat_template())
+    processor = HtcVlmProcessor.for_config(config, image_processor, tokenizer)
+    processor.set_style(TINY)
     return model, processor
