@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 PAGES = [page for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))) if page.is_file()]
 BLOCK = re.compile(r"(?P<skip><!-- not run: [^\n]+ -->\n+)?^```(?P<language>\w+)\n(?P<body>.*?)^```", re.M | re.S)
 # What a reader has in the folder where the snippets are run.
-LINKED = ("examples", "configs", "experiments", "results")
+LINKED = ("examples", "study")
 
 
 def blocks(text: str, *languages: str) -> list[tuple[int, str]]:
