@@ -287,6 +287,7 @@ def reading_class(cls: Any, is_llava: bool) -> type:
             out = cls.get_image_features(self, *args, **kwargs)
         if applied.run.prompt is not None:
             applied.run.prompt.encoded = out
+            applied.run.numbers()  # ValueError where the prompt has another number of placeholders
         return out
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
