@@ -143,3 +143,84 @@ def test_a_number_of_tokens_that_a_small_picture_lacks_is_refused(family: str) -
     model, batch = model_of(family), tiny_inputs(family, [[0], [1]])
     with pytest.raises(ValueError, match=r"only \d+"), htc_vlm.apply(model, "divprune", n_keep=60):
         model(**batch)
+
+
+@cases
+def test_beams_and_generation_without_a_cache_agree(family: str, name: str) -> None:
+    """Beams repeat and reorder what is known of a prompt; without a cache each step reads all of it anew."""
+    model, batch = model_of(family), tiny_inputs(family, [[0], [1]])
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2, "return_dict_in_generate": True}
+    with htc_vlm.apply(model, name, **{**BEFORE, **INSIDE}[name]):
+        cached = model.generate(**batch, **options, output_scores=True)
+        anew = model.generate(**batch, **options, output_scores=True, use_cache=False)
+    close(cached.sequences_scores, anew.sequences_scores)
+
+
+@families
+def test_several_pictures_in_one_prompt_are_each_pruned(family: str) -> None:
+    """And the last prompt's answer is that of the prompt alone."""
+    model = model_of(family)
+    with htc_vlm.apply(model, "divprune", n_keep=3) as applied:
+        batch = answer(model, tiny_inputs(family, [[1, 0], [2]]))
+        alone = answer(model, tiny_inputs(family, [[1, 0]]))
+    assert {layers[0] for layers in applied.schedules} == {3}
+    close(torch.stack(batch.logits)[:, 0], torch.stack(alone.logits)[:, 0])
+
+
+@families
+def test_afterwards_the_model_is_bit_identical(family: str) -> None:
+    """Outside the block nothing is left: classes, attributes, logits."""
+    model, batch = model_of(family), tiny_inputs(family, [[0]])
+    before = model(**batch).logits
+    kept = [(type(module), sorted(module.__dict__)) for module in model.modules()]
+    for name in ("divprune", "fastv"):
+        with htc_vlm.apply(model, name, **{**BEFORE, **INSIDE}[name]):
+            assert not torch.equal(model(**batch).logits[:, -1], before[:, -1])
+    assert [(type(module), sorted(module.__dict__)) for module in model.modules()] == kept
+    assert torch.equal(model(**batch).logits, before)
+
+
+@families
+def test_a_following_turn_continues_the_shorter_cache(family: str) -> None:
+    """New text over a cut cache, by the model's own numbering: it stands where it stood behind the whole prompt."""
+    model, batch = model_of(family), tiny_inputs(family, [[0]])
+    more = torch.tensor([[20, 21]])
+    whole = {**batch, "input_ids": torch.cat((batch["input_ids"], more), 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    if "mm_token_type_ids" in whole:
+        whole["mm_token_type_ids"] = (whole["input_ids"] == IMAGE).int()
+    with htc_vlm.apply(model, "divprune", n_keep=3):
+        first = model(**batch, use_cache=True)
+        second = model(more, past_key_values=first.past_key_values)
+        close(second.logits, model(**whole).logits[:, -2:])
+
+
+@families
+def test_what_a_family_cannot_do_is_refused_by_name(family: str) -> None:
+    """Before anything is changed; the refusal says what works."""
+    model = model_of(family)
+    kept = [type(module) for module in model.modules()]
+    if family != "llava":
+        for name in ("visionzip", "tome"):
+            with pytest.raises(ValueError, match=f"{name} acts in a CLIP tower.*use divprune"), htc_vlm.apply(model, name):
+                raise AssertionError("entered")
+    if family in NO_GRID:
+        with pytest.raises(ValueError, match="avg_pool needs a grid"), htc_vlm.apply(model, "avg_pool"):
+            raise AssertionError("entered")
+    with htc_vlm.apply(model, "divprune", n_keep=3), pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(**tiny_inputs(family, [[0]]), max_new_tokens=1, cache_implementation="static")
+    assert [type(module) for module in model.modules()] == kept
+
+
+def test_a_model_of_no_known_family_gets_the_defaults() -> None:
+    """A newcomer need not wait for a release of ours, if it answers to transformers' own names."""
+    from htc_vlm.applied.families import Family, family_of
+
+    model, batch = tiny_model("internvl")
+    model.config.__class__ = type("NewVLConfig", (type(model.config),), {"model_type": "new_vl"})
+    assert type(family_of(model)) is Family
+    with htc_vlm.apply(model, "divprune", n_keep=3) as applied:
+        model(**batch)
+    assert applied.schedule == [3] * 4
+    with pytest.raises(ValueError, match=r"got Linear, which lacks get_decoder, config.image_token_id, get_image_features"):
+        family_of(torch.nn.Linear(2, 2))
