@@ -63,6 +63,11 @@ class Family:
                 f"{type(self.model).__name__} {self.tower}; use divprune, random_drop, or tome with place='after_tower' "
                 "and metric='features'"
             )
+        if method.needs_distance and self.has_axes:
+            raise ValueError(
+                f"{method.name} (plus) divides by what rotation leaves at a distance, which is three numbers with M-RoPE, as "
+                f"{type(self.model).__name__} has it; use sparse_vlm without plus"
+            )
         if method.NEEDS_GRID and self.grid is not None:
             raise ValueError(
                 f"{method.name} needs a grid of patches; in {type(self.model).__name__} {self.grid}; use divprune, "

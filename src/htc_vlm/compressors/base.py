@@ -256,6 +256,11 @@ class Compressor(nn.Module):
         """Which visual tokens enter layer `layer` + 1, asked where `drops` says; None = all."""
         return None
 
+    @property
+    def needs_distance(self) -> bool:
+        """Does `after_layer` read AttentionView.distance, which M-RoPE does not have as one number?"""
+        return False
+
     def check_heads(self, n_heads: int) -> None:
         """ValueError for settings that a language model with so many attention heads cannot meet."""
 

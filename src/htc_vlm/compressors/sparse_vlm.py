@@ -101,6 +101,10 @@ class SparseVlm(AppliedOnly):
         layers = self.plan(n_patches, n_layers).layers
         return tuple(PruneStep(layer + 1, renumber=not self.settings.plus) for layer in layers)
 
+    @property
+    def needs_distance(self) -> bool:
+        return bool(self.settings.plus)
+
     def check_heads(self, n_heads: int) -> None:
         if self.settings.plus and self.settings.n_heads > n_heads:
             raise ValueError(f"sparse_vlm: n_heads is {self.settings.n_heads}; the model has {n_heads}")
