@@ -32,9 +32,10 @@ TITLES = {
 }  # fmt: skip
 HEAD = """# Methods and families
 
-Which method `htc_vlm.apply` runs on which family of vision-language models. Each "works" is tried on a tiny random model of
-that family when this page is made; `tests/applied/test_families.py` holds what must be true of it (keeping all tokens is the
-stock model bit for bit, cached is recomputed, a ragged left-padded batch is its rows). A number is a refusal, told below. This page is made by `python -m htc_vlm.testing.family_table docs/families.md`; a test compares it.
+Which method `htc_vlm.apply` runs on which family of vision-language models. Each "works" is tried on a tiny random
+model of that family when this page is made; `tests/applied/test_families.py` holds what must be true of it (keeping all
+tokens is the stock model bit for bit, cached is recomputed, a ragged left-padded batch is its rows). A number is a
+refusal, told below. This page is made by `python -m htc_vlm.testing.family_table docs/families.md`; a test compares it.
 
 """
 NOTES = """
@@ -42,9 +43,9 @@ What counts as an image: all tiles of a picture, with their newlines, in LLaVA-N
 InternVL (where `avg_pool` takes pictures of one tile); one tile in SmolVLM and Idefics3, whose prompts have marks between
 tiles; a picture at its own size in Qwen-VL. Where pictures differ in size, give a share: `budget=0.11`.
 
-Methods before the language model see the tokens that the decoder was to get; in LLaVA also the vision tower's features. With one
-axis of positions what is left is numbered anew; with M-RoPE (Qwen-VL) each token keeps its place in the picture, and one made
-of several takes the place of the first. Qwen3-VL's deep features leave with their tokens.
+Methods before the language model see the tokens that the decoder was to get; in LLaVA also the vision tower's features.
+With one axis of positions what is left is numbered anew; with M-RoPE (Qwen-VL) each token keeps its place in the picture,
+and one made of several takes the place of the first. Qwen3-VL's deep features leave with their tokens.
 
 A model of no family above gets the defaults, if it answers to `get_decoder`, `config.image_token_id` and
 `get_image_features`. `qformer`, `llava_mini`, `voco` and `htc` have weights of their own and need a checkpoint.
