@@ -54,15 +54,18 @@ def mask_over_kv(
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
-    cache: DynamicCache,
+    cache: Cache,
     position_ids: Tensor,
     kv_positions: Tensor,
 ) -> Tensor:
     """The mask for text with images in its midst, answered from a cache: a token sees the images before it only.
 
-    kv_positions (B, n_cells): the position of each cached bottleneck token; the kv are the first n_cells columns.
+    kv_positions (B, n_cells): the position of each cached bottleneck token; the kv are the first n_cells columns. With a
+    static cache generate has made the 4-D mask already, which is narrowed.
     """
     n_cells = kv_positions.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _narrowed(attention_mask, kv_positions[:, None, :] < position_ids[:, :, None])
     if attention_mask is None:
         n_columns = cache.get_seq_length() + inputs_embeds.shape[1]
         attention_mask = torch.ones((inputs_embeds.shape[0], n_columns), dtype=torch.long, device=inputs_embeds.device)
@@ -82,6 +85,14 @@ def mask_over_kv(
         past_key_values=cache,
         and_mask_function=lambda b, h, q, kv: seen[b, q - n_past, kv],
     )
+
+
+def _narrowed(mask: Tensor, seen: Tensor) -> Tensor:
+    """A ready 4-D mask (B, 1, L, n) without what `seen` (B, L, n_cells) denies of its first columns."""
+    seen = torch.nn.functional.pad(seen, (0, mask.shape[3] - seen.shape[2]), value=True)[:, None]
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def cache_from_kv(keys: Tensor, values: Tensor, batch: int, config: PreTrainedConfig) -> DynamicCache:

@@ -3,8 +3,7 @@
 Source:  Zhang et al., ICLR 2025, arXiv:2501.03895; released code at 47da113; docs/specs/baselines.md section 8.
 Differs: where paper and code disagree, the code: queries read the tower's features and the projector comes after them
          (`place: after_projector` is the paper's drawing), and the compressed tokens, too, leave the pre-fusion layers
-         changed. The patches stand just before the tokens of their image, not before the whole prompt: the same for
-         prompts that begin with the image, and otherwise words before an image do not read it. Gradients reach the
+         changed. All words read all images, also words before an image, as in the code. Gradients reach the
          word embeddings through the fusion (there: detached). A prompt without an image is not fused (there: a
          blank picture). The default is the paper's one token (the code's is four).
 

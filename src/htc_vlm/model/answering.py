@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.generation_options import greedy
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 
@@ -109,7 +110,8 @@ class Answerer:
         else:
             images = {"pixel_values" if self.keep_pixels else "patch_features": encoded[list(which)]}
         options: dict[str, Any] = {**inputs, **images}
-        out = self.model.generate(**options, max_new_tokens=max_new_tokens, do_sample=False)
+        with greedy(self.model):
+            out = self.model.generate(**options, max_new_tokens=max_new_tokens, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :]
 
     def unknown_words(self, question: str) -> list[str]:

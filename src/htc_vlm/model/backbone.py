@@ -309,6 +309,11 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
         layout = self.layout(input_ids, attention_mask, question_ids)
         has_image = bool(layout.is_visual.any())
+        if not has_image and bool(layout.is_bottleneck.any()):
+            raise ValueError(
+                "the prompt has bottleneck tokens and no image: they would be read as words; give compressed=... (what "
+                "model.compress returned), or the image with its placeholders"
+            )
         if not has_image and question_ids is None:
             return attention_mask, position_ids  # text only: plain LLaVA
         if has_image and self.compressor.n_bottleneck:

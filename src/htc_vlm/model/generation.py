@@ -18,6 +18,7 @@ from htc_vlm.applied import hf_compat
 from htc_vlm.model import reading
 from htc_vlm.model.backbone import HtcVlmPreTrainedModel
 from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
 from htc_vlm.model.image_slots import Placed, place
 from htc_vlm.model.look_maps import byte_maps
 from htc_vlm.model.recipe import Recipe, recipe_of
@@ -126,7 +127,8 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         max_cache_len) at once, which transformers then compiles the decoding for, on a GPU (not measured). On a CPU
         nothing is compiled and each step attends to the whole reserve: 16 tokens of `tiny` took 1.03 times as long as
         with "dynamic", 1.17 times with 256 entries reserved (CPU time, best of four on a busy machine).
-        Returned sequences start with the prompt as it was given.
+        Returned sequences start with the prompt as it was given, and max_length counts it so.
+        ValueError for a prompt with places for images and none given, and for options that cannot go over images.
         """
         bottleneck = self.model.compressor.n_bottleneck
         pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "patch_features", "image_codes")}
@@ -138,6 +140,9 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
                 kwargs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels)}
             elif has_pixels:
                 kwargs["pixel_values"] = pixels["pixel_values"]
+            elif not any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds", "past_key_values")):
+                marks = [self.config.image_token_id, self.config.bottleneck_token_id if bottleneck else None]
+                check_has_images(kwargs.get("input_ids") if inputs is None else inputs, marks)
             return super().generate(inputs, *args, **kwargs)
         if has_pixels and compressed is not None:
             raise ValueError("give pixel_values or compressed=..., not both")
@@ -145,19 +150,22 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             raise ValueError(
                 "past_key_values cannot be combined with images; give the whole conversation and compressed=..."
             )
+        check_over_images(self._generation_config(args, kwargs), kwargs)
         if compressed is None:
             compressed = self.compress(**pixels)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if prompt is None:
             raise ValueError("generate needs input_ids (the question); got images only")
-        reserve, n_copies = self._reserve(args, kwargs), self._n_copies(args, kwargs)
+        reserve, n_copies = self._reserve(args, kwargs, prompt.shape[1]), self._n_copies(args, kwargs)
         inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed, reserve)
         if n_copies > 1 and reserve is None:
             inputs_over_cells["past_key_values"].batch_repeat_interleave(n_copies)
-        out = super().generate(None, *args, **inputs_over_cells, **kwargs)
-        return _with_prompt(out, prompt, n_placed=inputs_over_cells["input_ids"].shape[1])
+        n_placed = inputs_over_cells["input_ids"].shape[1]
+        kwargs = moved_lengths(self._given_config(args, kwargs), kwargs, prompt.shape[1], n_placed)
+        out = super().generate(None, kwargs.pop("generation_config", None), *args[1:], **inputs_over_cells, **kwargs)
+        return _with_prompt(out, prompt, n_placed)
 
-    def _reserve(self, args: tuple, kwargs: dict[str, Any]) -> Reserve | None:
+    def _reserve(self, args: tuple, kwargs: dict[str, Any], n_given: int) -> Reserve | None:
         """What a static cache must have room for; None for a dynamic one. Takes `cache_implementation` and
         `max_cache_len` out of `kwargs`: generate gets a ready-made cache."""
         kind, n_least = kwargs.pop("cache_implementation", None), kwargs.pop("max_cache_len", None)
@@ -166,13 +174,15 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         if kind != "static":
             return None
         config = self._generation_config(args, kwargs)
-        n_new = kwargs.get("max_new_tokens") or config.max_new_tokens
-        if n_new is None:
-            raise ValueError("a static cache is reserved at once; give max_new_tokens")
-        return Reserve(int(n_new), int(n_least or config.max_cache_len or 0), self._n_copies(args, kwargs))
+        n_new = n_reserved(config, self._given_config(args, kwargs), kwargs, n_given)
+        return Reserve(n_new, int(n_least or config.max_cache_len or 0), self._n_copies(args, kwargs))
+
+    def _given_config(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call was given as generation_config; None where it was not."""
+        return kwargs.get("generation_config") or (args[0] if args else None)
 
     def _generation_config(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        return self._given_config(args, kwargs) or self.generation_config
 
     def _n_copies(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """How many rows generate will make of each prompt (beams, return sequences)."""
@@ -207,8 +217,6 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         config = self.model.language_model.config
         if reserve is None:
             cache: Cache = hf_compat.cache_from_kv(keys, values, batch, config)
-        elif placed.interleaved:
-            raise ValueError("images amid the text need cache_implementation='dynamic', or put the images first")
         else:
             n_entries = max(n_cells + placed.text_ids.shape[1] + reserve.n_new, reserve.n_least)
             cache = hf_compat.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)

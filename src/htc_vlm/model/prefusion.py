@@ -1,8 +1,9 @@
 """Pre-fusion: before the language model, the words of a prompt read all patches in layers of the method's own.
 
-Source:  LLaVA-Mini (arXiv:2501.03895; released code at 47da113): [patches; compressed tokens; words], causal; positions
-         count what takes part; answers and padding do not, and keep their embeddings; docs/specs/baselines.md section 8.
-Differs: any batch, any number of images (each image's patches stand before its tokens), and packed questions, which
+Source:  LLaVA-Mini (arXiv:2501.03895; released code at 47da113): [patches; compressed tokens; all words], causal, also where
+         words stand before the image in the prompt; positions count what takes part; answers and padding do not, and keep
+         their embeddings; docs/specs/baselines.md section 8.
+Differs: any batch, any number of images ([patches; tokens] of each, then all words), and packed questions, which
          read the picture and themselves only, and are numbered from the same place: each gets what it gets alone.
 """
 
@@ -54,21 +55,22 @@ class Spread:
 
 
 def spread_out(is_visual: Tensor, n_visual: int, n_patches: int) -> Spread:
-    """(B, L) bool, where n_visual tokens stand for each image -> room for its n_patches before them.
+    """(B, L) bool, where n_visual tokens stand for each image -> the images in front, each its n_patches and its tokens.
 
     >>> spread = spread_out(torch.tensor([[False, True, False, True]]), n_visual=1, n_patches=2)
     >>> spread.place.tolist(), spread.patch_place.tolist(), spread.length
-    ([[0, 3, 4, 7]], [[1, 2], [5, 6]], 8)
+    ([[6, 2, 7, 5]], [[0, 1], [3, 4]], 8)
     """
-    rank = is_visual.long().cumsum(dim=1) - 1
-    starts = is_visual & (rank % n_visual == 0)
-    started = starts.long().cumsum(dim=1)  # (B, L), images begun up to here
-    column = torch.arange(is_visual.shape[1], device=is_visual.device)
-    length = is_visual.shape[1] + n_patches * int(started.max())
-    sample, start = starts.nonzero(as_tuple=True)  # (I,), in the order of the images
-    first = sample * length + start + n_patches * (started[sample, start] - 1)
+    rank = is_visual.long().cumsum(dim=1) - 1  # (B, L)
+    image, of_image = rank // n_visual, n_patches + n_visual
+    n_images = image.amax(dim=1, keepdim=True) + 1  # (B, 1)
+    token_place = image * of_image + n_patches + rank % n_visual
+    word_place = n_images * of_image + (~is_visual).long().cumsum(dim=1) - 1
+    length = is_visual.shape[1] + n_patches * int(n_images.max())
+    sample, start = (is_visual & (rank % n_visual == 0)).nonzero(as_tuple=True)  # (I,), in the order of the images
+    first = sample * length + image[sample, start] * of_image
     patch_place = first[:, None] + torch.arange(n_patches, device=is_visual.device)
-    return Spread(column + n_patches * started, patch_place, length)
+    return Spread(torch.where(is_visual, token_place, word_place), patch_place, length)
 
 
 def fuse(
