@@ -19,6 +19,8 @@ from typing import Any
 
 MAKER = "htc-vlm"  # PNG: the tEXt chunk Software; JSON: the key made_by; safetensors: how the metadata's format begins
 FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")  # what matplotlib writes
+# Endings of pictures: those we read, and those we refuse by name.
+PICTURES = frozenset(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .heic .svg .mpo .jp2 .qoi .ico".split())
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 _HEAD_BYTES = 65536
 
@@ -47,6 +49,23 @@ def check_output(path: Path, force: bool = False, inputs: Iterable[Path] = (), s
             pass
     except OSError as error:
         raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+
+
+def picture_files(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Folders replaced by the pictures in them and in their subfolders, sorted -> (pictures, other files found there).
+
+    A file that is named itself counts as a picture, whatever its ending; hidden files and folders are passed over.
+    """
+    pictures: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            pictures.append(path)
+            continue
+        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        for file in sorted(file for file in inside if not file.is_dir()):
+            (pictures if file.suffix.lower() in PICTURES else others).append(file)
+    return pictures, others
 
 
 def made_by_us(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog="htc-vlm train", description=__doc__)
-    arguments.add_argument("--preset", default="tiny", help="name in configs/ or a YAML file (default: tiny)")
+    arguments.add_argument("--preset", default="tiny", help="a shipped preset's name or a YAML file (default: tiny)")
     arguments.add_argument("--stage", required=True, help="tokenizer, align, instruct or compress")
     arguments.add_argument(
         "--output", type=Path, required=True, help="folder for checkpoints, metrics and the trained model"
@@ -19,6 +19,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--teacher", help="uncompressed checkpoint to distil from (with stages.STAGE.distill_weight)"
     )
+    arguments.add_argument("--vision", help="CLIP folder, for original LLaVA checkpoints without their vision tower")
+    arguments.add_argument(
+        "--lora", type=int, metavar="RANK", help="adapters of this rank in place of the language model's weights (needs PEFT)"
+    )
+    arguments.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, a GPU where there is one)")
     arguments.add_argument("--cache", type=Path, help="folder of the tower's features (default: beside the output)")
     arguments.add_argument("--data", type=Path, help="folder of the data sets (default: $HTC_VLM_DATA)")
     arguments.add_argument(
@@ -31,7 +36,8 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm.train import presets
 
-    preset = presets.read(presets.find(options.preset), options.set)
+    lora = [f"stages.{options.stage}.lora={{rank: {options.lora}}}"] if options.lora is not None else []
+    preset = presets.read(presets.find(options.preset), [*options.set, *lora])
     if options.stage == "tokenizer":
         from htc_vlm.train.quantizer_stage import train_tokenizer_stage
 
@@ -48,6 +54,8 @@ def run(argv: list[str]) -> int:
             options.data,
             options.mgvq,
             options.teacher,
+            options.vision,
+            options.device,
         )
     print(json.dumps(report, indent=1))
     return 0

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from htc_vlm.files import save_figure
+from htc_vlm.files import save_figure, write_text
+from htc_vlm.train.held_out import HeldOut
+from htc_vlm.train.order import RunOrder
 from htc_vlm.train.stages import Stage, freeze, trainable_table
 
 
@@ -41,6 +43,7 @@ class LoopSettings:
     clip: float = 1.0
     save_every: int = 200
     log_every: int = 20
+    measure_every: int = 0  # steps between two measurements of the held-out loss; 0: as save_every
     seed: int = 0
     compile: bool = False
     workers: int = 0
@@ -81,21 +84,22 @@ def _step_of(checkpoint: Path) -> int:
 
 
 class StageTrainer(Trainer):
-    """Trainer in data order, which refuses a loss that is not finite, and may follow a teacher."""
+    """Trainer in the order of a run (RunOrder), which refuses a loss that is not finite, and may follow a teacher."""
 
     def __init__(
         self,
         *args: Any,
         teach: Callable[[dict[str, Tensor]], Tensor] | None = None,
         distill_weight: float = 0.0,
+        images_per_step: int = 1,
         **kw: Any,
     ):
         super().__init__(*args, **kw)
-        self.teach, self.distill_weight = teach, distill_weight
+        self.teach, self.distill_weight, self.images_per_step = teach, distill_weight, images_per_step
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data)
+        return RunOrder(len(data), self.args.max_steps * self.images_per_step, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -104,9 +108,10 @@ class StageTrainer(Trainer):
         if self.teach is not None and self.distill_weight:
             supervised = inputs["labels"][:, 1:] != -100
             student, teacher = outputs.logits[:, :-1][supervised], self.teach(inputs)
-            loss = (1 - self.distill_weight) * loss + self.distill_weight * follow_loss(
-                student, teacher, len(student) if num_items_in_batch is None else num_items_in_batch
-            )
+            follow = follow_loss(student, teacher, len(student) if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None:  # of all processes, whose gradients are averaged: as Trainer scales its loss
+                follow = follow * self.accelerator.num_processes
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * follow
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; lower the learning rate or check the "
@@ -137,27 +142,35 @@ def follow_loss(student: Tensor, teacher: Tensor, n_tokens: int | Tensor) -> Ten
 
 
 class JsonLines(TrainerCallback):
-    """metrics.jsonl: one line per logged step, appended; lines after the step that a run resumes from are dropped first."""
+    """metrics.jsonl: one line per logged step, appended; lines after the step that a run resumes from are dropped first.
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.start = file, time.monotonic()
+    held_out: its loss is measured, and logged with its step. epochs_per_step: share of the data that a step reads.
+    """
+
+    def __init__(self, file: Path, held_out: HeldOut | None = None, epochs_per_step: float = 0.0) -> None:
+        self.file, self.start, self.held_out, self.epochs_per_step = file, time.monotonic(), held_out, epochs_per_step
+        self.trainer: Any = None
+        self.measured: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.file.exists() and state.is_world_process_zero:
             rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if row["step"] <= state.global_step]
-            partial = self.file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.file)
+            write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # the last step is logged, whatever log_every is
+        is_last = state.global_step >= state.max_steps
+        if self.held_out is not None and (is_last or state.global_step % self.held_out.every == 0):
+            self.measured = {"held_out_loss": self.held_out.loss(self.trainer)}
+        if is_last or self.measured:  # the last step is logged, whatever log_every is
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        measured, self.measured = self.measured, {}  # in every process: they must agree on when to log
         if "loss" not in (logs or {}) or not state.is_world_process_zero:  # Trainer's summary at the end, of this start alone
             return
-        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **(logs or {})}
+        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **(logs or {}), **measured}
+        row["epoch"] = round(state.global_step * self.epochs_per_step, 4)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -170,47 +183,54 @@ def run(
     output: Path,
     settings: LoopSettings,
     teach: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    held_out: HeldOut | None = None,
+    adapters: frozenset[str] | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Train `stage` into `output`; started again, it goes on from the last checkpoint and ends with the same weights.
+    """Train `stage` into `output`; started again, it goes on from the last checkpoint and ends with the same weights, those
+    of the last checkpoint where it was the last step's.
 
-    Returns a report (also report.json): steps, seconds of this start, final loss, settings. Writes metrics.jsonl and
-    loss.png.
+    Returns a report: steps, seconds of this start, final loss, held-out loss, settings. Writes metrics.jsonl and loss.png.
     """
     for name in ("steps", "images_per_step", "save_every", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
     output.mkdir(parents=True, exist_ok=True)
-    print(trainable_table(freeze(model, stage.trains)), flush=True)
+    print(trainable_table(freeze(model, stage.trains, adapters)), flush=True)
     if settings.compile:
         for layer in model.model.language_model.layers:  # one graph serves all layers
             layer.forward = torch.compile(layer.forward, dynamic=False)
+    n_data: int = len(data)  # type: ignore[arg-type]
+    lines = JsonLines(output / "metrics.jsonl", held_out, settings.images_per_step / max(1, n_data))
     trainer = StageTrainer(
         model=model,
-        args=_arguments(output, settings),
+        args=_arguments(output, settings, device),
         train_dataset=data,
         data_collator=collator,
-        callbacks=[JsonLines(output / "metrics.jsonl")],
+        callbacks=[lines],
         teach=teach,
         distill_weight=settings.distill_weight,
+        images_per_step=settings.images_per_step,
     )
+    lines.trainer = trainer
     checkpoint = last_whole_checkpoint(output)
     start = time.monotonic()
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         close_progress_bar(trainer)
-    if result.global_step == 0:
-        raise ValueError("not a single step was run: the data set gave no batch")
+    last = last_row(output / "metrics.jsonl")
     report = {
         "stage": stage.name,
         "steps": result.global_step,
         "seconds": round(time.monotonic() - start, 1),
         "resumed_from": checkpoint.name if checkpoint else None,
-        "loss": last_loss(output / "metrics.jsonl"),
+        "loss": last.get("loss"),
         "settings": asdict(settings),
     }
+    if held_out is not None:
+        report["held_out_loss"] = last.get("held_out_loss")
     if trainer.is_world_process_zero():
-        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
     return report
 
@@ -223,10 +243,10 @@ def close_progress_bar(trainer: Trainer) -> None:
             callback.training_bar = None
 
 
-def last_loss(metrics: Path) -> float | None:
-    """The loss of the last logged step (Trainer's own mean is wrong after a resume); None if nothing was logged."""
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The last logged step (Trainer's own mean loss is wrong after a resume); {} if nothing was logged."""
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return float(json.loads(lines[-1])["loss"]) if lines else None
+    return dict(json.loads(lines[-1])) if lines else {}
 
 
 def images_per_pass(settings: LoopSettings, n_processes: int) -> int:
@@ -244,7 +264,12 @@ def images_per_pass(settings: LoopSettings, n_processes: int) -> int:
     return settings.images_per_step // parts
 
 
-def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
+def _arguments(output: Path, settings: LoopSettings, device: str = "auto") -> TrainingArguments:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; known: auto, cpu, cuda (CUDA_VISIBLE_DEVICES chooses one of several)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device; take cpu or auto")
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
     if settings.precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {settings.precision!r}; known: float32, bfloat16")
     options: dict[str, Any] = {
@@ -266,9 +291,9 @@ def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
         "seed": settings.seed,
         "data_seed": settings.seed,
         "bf16": settings.precision == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": use_cpu,
         "dataloader_num_workers": settings.workers,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": not use_cpu,
         "remove_unused_columns": False,
         "report_to": "none",
     }
@@ -276,7 +301,10 @@ def _arguments(output: Path, settings: LoopSettings) -> TrainingArguments:
     unknown = sorted(set(extra) - {field.name for field in fields(TrainingArguments)})
     if unknown:
         raise ValueError(f"extra: transformers' TrainingArguments has no {unknown[0]!r}")
-    return TrainingArguments(**{**options, **extra})
+    arguments = TrainingArguments(**{**options, **extra})
+    if arguments.n_gpu > 1:  # one process, several GPUs: Trainer would read images_per_step for each of them
+        arguments._n_gpu = 1
+    return arguments
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:
@@ -290,8 +318,12 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     points = [(row["step"], row["loss"]) for row in rows if "loss" in row and math.isfinite(row["loss"])]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     if points:
-        axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.2)
-    axes.set(title=f"training loss: {title}", xlabel="step", ylabel="loss (nats per answer token)")
+        axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.2, label="training")
+    held = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="#c05020", linewidth=1.2, markersize=3, label="held out")
+        axes.legend()
+    axes.set(title=f"loss: {title}", xlabel="step", ylabel="loss (nats per answer token)")
     axes.grid(alpha=0.3)
     save_figure(figure, picture, dpi=120)
     plt.close(figure)

@@ -6,9 +6,11 @@ Differs: nothing known.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +25,15 @@ from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, find_style
+from htc_vlm.files import write_json
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
 from htc_vlm.train import presets
-from htc_vlm.train.loop import last_whole_checkpoint, run
+from htc_vlm.train.held_out import HeldOut, hold_out
+from htc_vlm.train.loop import images_per_pass, last_whole_checkpoint, run
+from htc_vlm.train.lora import add_adapters, merge_adapters, settings_from
+from htc_vlm.train.run_record import begin, check, finished, record_of
 from htc_vlm.train.stages import STAGES, Stage
 
 CODE_PICTURE_SIZE = 160
@@ -42,45 +48,68 @@ def train_stage(
     data_root: Path | None = None,
     mgvq: str | None = None,
     teacher: str | None = None,
+    vision: str | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train one stage of a preset into `output` (resumed if it was begun); the trained model is saved in output/model.
 
     start: checkpoint to start from (required but for the first stage); mgvq: the quantizer's weights; teacher:
-    checkpoint whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie.
+    checkpoint whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie; vision:
+    CLIP folder, for original checkpoints without their tower; device: auto, cpu or cuda. ValueError where `output` was begun
+    with other settings. A run that is done is left as it is, and its report returned.
     """
     stage = _stage(preset, stage_name)
     block = preset["stages"][stage_name]
     settings = presets.loop_settings(block)
+    lora = None if block.get("lora") is None else settings_from(block["lora"])
+    files = {"start": start, "mgvq": mgvq, "teacher": teacher, "vision": vision}
+    record = record_of(preset, stage_name, files)
+    check(output, record)
+    report = finished(output, settings.steps)
+    if report is not None:
+        print(f"{output}: trained already ({settings.steps} steps); nothing to do", flush=True)
+        return report
     preset = {**preset, "n_text": block.get("n_text", preset.get("n_text"))}
     if data_root is not None:
         os.environ["HTC_VLM_DATA"] = str(data_root)
-    model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed)
+    model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed, vision)
     if settings.distill_weight and teacher is None:
         raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
+    n_held_out = presets.typed("held_out", preset.get("held_out", 0), "int")
     conversations = any(part.get("json") for part in preset["data"])
+    data: Dataset
+    unseen: Dataset | None = None
     if conversations:
-        data: Dataset = ConversationData(preset, processor, settings.seed, output / "pictures-checked.json")
+        every = ConversationData(preset, processor, settings.seed, output / "pictures-checked.json")
+        data, unseen = every.split(n_held_out)
     else:
         folder = cache or output.parent / "cache"
         sources = _sources(preset, model, folder, block.get("curriculum", {}))
         if start is None and "words" in preset and last_whole_checkpoint(output) is None:
             _align_words(preset, model, processor, sources, settings.seed)
         processor.set_style(TINY)  # what packing writes
-        data = PackedQuestions(
-            sources,
-            n_samples=settings.steps * settings.images_per_step,
-            n_text=int(preset["n_text"]),
-            tokenizer=processor.tokenizer,
-            image_text=processor.image_text(),
+        pack = partial(
+            PackedQuestions, n_text=int(preset["n_text"]), tokenizer=processor.tokenizer, image_text=processor.image_text(),
             seed=settings.seed,
-        )
+        )  # fmt: skip
+        data = pack(sources, n_samples=settings.steps * settings.images_per_step)
+        if n_held_out:
+            unseen = pack(_held_out_sources(preset, model, folder, block, n_held_out), n_samples=n_held_out)
     collator = Collator(
         processor.tokenizer.pad_token_id, multiple_of=16 if conversations else _packed_length(preset, processor)
     )
     teach = _teach(teacher, model) if teacher is not None and settings.distill_weight else None
-    report = run(model, stage, data, collator, output, settings, teach)
-    save_rounded(model, processor, output / "model")
-    (output / "preset.json").write_text(json.dumps(preset, indent=1) + "\n")
+    held_out = None
+    if unseen is not None:
+        batch_size = images_per_pass(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        held_out = HeldOut(unseen, collator, batch_size, settings.measure_every or settings.save_every)
+    tuner, adapters = (None, None) if lora is None else add_adapters(model, lora, settings.seed)
+    begin(output, record)
+    report = run(model, stage, data, collator, output, settings, teach, held_out, adapters, device)
+    save_rounded(model if tuner is None else merge_adapters(tuner), processor, output / "model")
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(output / "preset.json", preset, indent=1)
+        write_json(output / "report.json", report, indent=1)
     return report
 
 
@@ -94,8 +123,9 @@ def _stage(preset: dict[str, Any], name: str) -> Stage:
 
 
 def _starting_model(
-    preset: dict[str, Any], stage: Stage, block: dict[str, Any], start: str | None, mgvq: str | None, seed: int
-) -> tuple[Any, Any]:
+    preset: dict[str, Any], stage: Stage, block: dict[str, Any], start: str | None, mgvq: str | None, seed: int,
+    vision: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     from htc_vlm.model.add_compressor import with_compressor
     from htc_vlm.model.loading import find
 
@@ -107,7 +137,7 @@ def _starting_model(
         return presets.build_tiny(preset, tower=os.environ.get("HTC_VLM_TOWER"), seed=seed)
     torch.manual_seed(seed)
     compressor = block.get("compressor", {"name": "none"})
-    return with_compressor(find(start), compressor, mgvq, dtype=torch.float32)
+    return with_compressor(find(start), compressor, mgvq, dtype=torch.float32, vision=vision)
 
 
 def _packed_length(preset: dict[str, Any], processor: Any) -> int:
@@ -117,7 +147,7 @@ def _packed_length(preset: dict[str, Any], processor: Any) -> int:
 
 
 def _sources(
-    preset: dict[str, Any], model: Any, folder: Path, curricula: dict[str, list[dict[str, Any]]]
+    preset: dict[str, Any], model: Any, folder: Path, curricula: dict[str, list[dict[str, Any]]], split: str = "train"
 ) -> list[Source]:
     """Open or fill the feature caches of a preset's tasks."""
     tower = model.model.vision_tower
@@ -129,10 +159,12 @@ def _sources(
         module = presets.task_module(part.task)
         if part.images < 1:
             raise ValueError(f"{part.task}: empty data set: `images` is {part.images}; say how many to train on")
-        ids = module.images("train")[: part.images]
+        ids = module.images(split)[: part.images]
         if len(ids) < part.images:
-            raise ValueError(f"{part.task}: {part.images} images asked for, the training split has {len(ids)}")
-        cache = FeatureCache(folder / f"{part.task}-train", meta_for(tower, part.images, CODE_PICTURE_SIZE))
+            name = "training split" if split == "train" else f"split {split!r}"
+            raise ValueError(f"{part.task}: {part.images} images asked for, the {name} has {len(ids)}")
+        name = f"{part.task}-train" if split == "train" else f"{part.task}-{split}-{part.images}"
+        cache = FeatureCache(folder / name, meta_for(tower, part.images, CODE_PICTURE_SIZE))
         if cache.missing() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"{part.task}: the tower's features are not all in {folder} yet, and several processes would write over one "
@@ -145,10 +177,26 @@ def _sources(
             fill(cache, tower, partial(_picture, module, ids))
         codes = None
         if encode_code is not None and model.model.compressor.has_code:
-            codes = codes_of(cache, encode_code, folder / f"{part.task}-codes-{code_key(model.model.compressor)}.npy")
+            stem = part.task if split == "train" else name
+            codes = codes_of(cache, encode_code, folder / f"{stem}-codes-{code_key(model.model.compressor)}.npy")
         ask, simple_first = _asker(module, ids, curriculum), _simple_first(module, ids, curriculum)
         sources.append(Source(part.task, cache, ask, part.share, codes, simple_first))
     return sources
+
+
+def _held_out_sources(
+    preset: dict[str, Any], model: Any, folder: Path, block: dict[str, Any], n_pictures: int
+) -> list[Source]:
+    """Pictures of the validation splits, asked about as in the last block of each curriculum."""
+    curricula = block.get("curriculum", {})
+    parts, last = [], {}
+    for options in preset["data"]:
+        part = presets.DataPart(**options)
+        blocks = curricula.get(part.task, part.curriculum)
+        last[part.task] = [{k: v for k, v in blocks[-1].items() if k != "max_things"}] if blocks else []
+        n = min(n_pictures, len(presets.task_module(part.task).images("val")))
+        parts.append({"task": part.task, "share": part.share, "images": n})
+    return _sources({**preset, "data": parts}, model, folder, last, split="val")
 
 
 def _align_words(preset: dict[str, Any], model: Any, processor: Any, sources: list[Source], seed: int) -> None:
@@ -261,6 +309,8 @@ def save_rounded(model: Any, processor: Any, folder: Path) -> None:
             for name, value in state.items()
         }
         # With its sharding in the configuration, save_pretrained would gather again, alone, and wait for the others for ever.
+        whole, folder = folder, folder.with_name(folder.name + ".partial")  # renamed when complete
+        shutil.rmtree(folder, ignore_errors=True)
         sharding = model.config.__dict__.pop("distributed_config", None)
         try:
             model.save_pretrained(folder, state_dict=rounded)
@@ -274,6 +324,8 @@ def save_rounded(model: Any, processor: Any, folder: Path) -> None:
             part.pop("_name_or_path", None)  # where the weights once lay
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         processor.save_pretrained(folder)
+        shutil.rmtree(whole, ignore_errors=True)
+        folder.rename(whole)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -313,6 +365,14 @@ class ConversationData(Dataset):
         _refuse_broken(records, checked)
         self.records = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
 
+    def split(self, n_held_out: int) -> tuple[ConversationData, ConversationData | None]:
+        """(what is trained on, the samples held out); no picture is in both."""
+        if not n_held_out:
+            return self, None
+        parts = copy.copy(self), copy.copy(self)
+        parts[0].records, parts[1].records = hold_out(self.records, n_held_out)
+        return parts
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -351,4 +411,4 @@ def _refuse_broken(records: list[Record], checked: Path | None) -> None:
         raise ValueError(f"{len(broken)} of {len(files)} pictures cannot be used; repair or remove them: {'; '.join(broken)}")
     if checked is not None:
         checked.parent.mkdir(parents=True, exist_ok=True)
-        checked.write_text(json.dumps(key) + "\n")
+        write_json(checked, key)

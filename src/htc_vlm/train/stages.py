@@ -33,11 +33,18 @@ STAGES = {
 ALWAYS_FROZEN = ("model.vision_tower.", "model.compressor.quantizer.")
 
 
-def freeze(model: nn.Module, trains: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """Set requires_grad by prefix. Returns (module, trainable, frozen parameters); ValueError if nothing trains."""
+def freeze(
+    model: nn.Module, trains: tuple[str, ...], adapters: frozenset[str] | None = None
+) -> list[tuple[str, int, int]]:
+    """Set requires_grad by prefix. Returns (module, trainable, frozen parameters); ValueError if nothing trains.
+
+    adapters: in the language model only these parameters learn (LoRA's).
+    """
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         learns = name.startswith(trains) and not name.startswith(ALWAYS_FROZEN)
+        if adapters is not None and name.startswith(LLM):
+            learns = learns and name in adapters
         parameter.requires_grad_(learns)
         row = rows.setdefault(_group(name), [0, 0])
         row[0 if learns else 1] += parameter.numel()

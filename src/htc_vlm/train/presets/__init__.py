@@ -19,8 +19,8 @@ from htc_vlm.tiny.align_patches import WordSettings
 from htc_vlm.train.loop import LoopSettings
 
 NEEDED = ("data", "stages")
-KEYS = {"name", "base", "vision", "text", "words", "data", "n_text", "stages", "prompt"}
-STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text")  # of a stage's block, beside LoopSettings
+KEYS = {"name", "base", "vision", "text", "words", "data", "n_text", "stages", "prompt", "held_out"}
+STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text", "lora")  # of a stage's block, beside LoopSettings
 SPECIAL = {
     "pad_token": "<pad>",
     "eos_token": "</s>",
