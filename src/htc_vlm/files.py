@@ -123,6 +123,17 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_new(path: Path, data: bytes, force: bool = False) -> None:
+    """Write whole or not at all; the same bytes are left alone, others are a ValueError unless `force`."""
+    if path.exists():
+        if path.is_file() and path.read_bytes() == data:
+            return
+        if not force:
+            raise ValueError(f"{path}: already there with other content; give another folder, or --force to replace it")
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, in UTF-8."""
     with replacing(path) as partial:

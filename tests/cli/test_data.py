@@ -110,3 +110,18 @@ def test_an_id_used_twice_is_refused() -> None:
     question = Question("q", "test/0", "is there a cat ?", "no", "exist")
     with pytest.raises(ValueError, match="used twice"):
         command.check_questions(pictograms, [question, question])
+
+
+def test_a_conversation_file_of_somebodys_own_is_not_replaced(tmp_path: Path) -> None:
+    """`--out .` in a project folder wrote over its train.json, and pictures of the same name; writing again changes nothing."""
+    asked = pictograms.questions("val")[:1]
+    (tmp_path / "val.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"val.json: already there with other content; give another folder, or --force"):
+        command.write_split(pictograms, asked, tmp_path, "val")
+    assert (tmp_path / "val.json").read_text() == "[]"
+    written = command.write_split(pictograms, asked, tmp_path, "val", force=True)
+    before = written.stat().st_mtime_ns
+    assert command.write_split(pictograms, asked, tmp_path, "val").stat().st_mtime_ns == before
+    (tmp_path / "images" / f"{asked[0].image}.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"png: already there with other content"):
+        command.write_split(pictograms, asked, tmp_path, "val")

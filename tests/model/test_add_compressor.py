@@ -292,3 +292,24 @@ def test_a_missing_original_weight_is_named(stock: Path, clip: Path, tmp_path: P
 def test_a_foreign_original_weight_is_named() -> None:
     with pytest.raises(ValueError, match="'model.image_newline' is not a weight of the original LLaVA-1.5 layout"):
         llava_state_dict({"model.image_newline": torch.zeros(1)})
+
+
+def test_a_missing_quantizer_is_said_in_one_line_before_anything_is_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`htc-vlm convert` without --mgvq printed a table of fifty MISSING weights before its message, after reading 13 GB."""
+    from .. import tiny_runs
+
+    start = tiny_runs.checkpoint(tiny_runs.NONE)
+
+    def load(*words: object, **options: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(HtcVlmForConditionalGeneration, "from_pretrained", load)
+    with pytest.raises(ValueError, match="this compressor's quantizer has no weights yet; give an MGVQ file"):
+        with_compressor(start, tiny_runs.HTC)
+    monkeypatch.undo()
+    with_compressor(start, tiny_runs.HTC, tiny_runs.quantizer())
+    assert "MISSING" not in capfd.readouterr().err
+    again = tiny_runs.checkpoint(tiny_runs.HTC)
+    assert with_compressor(again, tiny_runs.HTC)[0].model.compressor.name == "htc"  # it holds its own

@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.files import FIGURES, check_output
+from htc_vlm.files import FIGURES, PICTURES, check_output
+from htc_vlm.settings import budget
 
-SUFFIXES = set(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .heic .svg .mpo".split())
+EXAMPLE = 'e.g. htc-vlm ask cat.png "what is at the top left ?"'
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what the bottleneck looked at")
     arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     arguments.add_argument("--max-new-tokens", type=int, default=16)
+    arguments.add_argument("--batch-size", type=int, default=16, help="pictures in memory, and questions asked, at once")
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    arguments.add_argument(
+        "--method", metavar="NAME", help="applied to an uncompressed model, e.g. fastv with --budget (or JSON with settings)"
+    )
+    arguments.add_argument("--budget", type=budget, help="with --method: visual tokens, mean over layers; sets its settings")
     return arguments
 
 
@@ -43,7 +52,7 @@ def sort_words(words: list[str]) -> Request:
     >>> sort_words(["missing.png", "what is it ?"])
     Request(pictures=[PosixPath('missing.png')], questions=['what is it ?'])
     """
-    is_picture = [Path(word).suffix.lower() in SUFFIXES or _exists(word) for word in words]
+    is_picture = [Path(word).suffix.lower() in PICTURES or _exists(word) for word in words]
     return Request(
         [Path(word) for word, yes in zip(words, is_picture, strict=True) if yes],
         [word for word, yes in zip(words, is_picture, strict=True) if not yes],
@@ -60,22 +69,27 @@ def _exists(word: str) -> bool:
 
 def check(request: Request, options: argparse.Namespace) -> None:
     """ValueError that says what to write instead, before a model is loaded."""
-    example = 'e.g. htc-vlm ask cat.png "what is at the top left ?"'
     if not request.pictures and options.load is None:
-        raise ValueError(f"no picture given; {example}")
+        raise ValueError(f"no picture given; {EXAMPLE}")
     if request.pictures and options.load is not None:
         raise ValueError("give pictures or --from FILE, not both")
     if not all(question.strip() for question in request.questions):
-        raise ValueError(f"an empty question; {example}")
+        raise ValueError(f"an empty question; {EXAMPLE}")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
+    for name in ("save", "load", "heatmap", "verbose"):
+        if options.method is not None and getattr(options, name):
+            option = "--from" if name == "load" else f"--{name}"
+            raise ValueError(f"{option} is about a bottleneck; leave it out with --method ({options.method})")
     read = [*request.pictures, *([options.load] if options.load is not None else [])]
     if options.save is not None:
         check_output(options.save, options.force, read)
     if options.heatmap is not None:
         check_output(options.heatmap, options.force, read, FIGURES)
     if not request.questions and options.save is None and options.heatmap is None:
-        raise ValueError(f"no question given; {example}")
+        raise ValueError(f"no question given; {EXAMPLE}")
     if options.heatmap is not None and options.load is not None:
         raise ValueError("--heatmap needs the picture itself; leave out --from")
     if options.verbose and options.load is not None:
@@ -86,63 +100,142 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     request = sort_words(options.words)
     check(request, options)
-    from htc_vlm.data.images import ImageError, load_for_model
+    is_any = options.load is not None or any(_could_be_read(path) for path in request.pictures)
+    model = Asked(options, request.questions) if is_any else None
+    refused: list[dict[str, str]] = []
 
-    pictures, names, refused = [], [], []
-    for path in request.pictures:
-        try:
-            pictures.append(load_for_model(path))
-            names.append(str(path))
-        except (ImageError, OSError) as error:
-            refused.append({"picture": str(path), "error": " ".join(str(error).split())})
-            print(f"htc-vlm ask: {refused[-1]['error']}", file=sys.stderr)
-    if pictures or options.load is not None:
-        report = answer(options, request.questions, pictures, names)
-    else:
-        report = {"model": str(options.model), "pictures": []}
-    report["refused"] = refused
-    if not options.json and not report["pictures"]:
-        return 2
-    print(json.dumps(report, indent=1) if options.json else as_text(report))
-    return 2 if refused else 0
+    def refuse(path: Path, error: str) -> None:
+        refused.append({"picture": str(path), "error": error})
+        print(f"htc-vlm ask: {error}", file=sys.stderr)
 
-
-def answer(options: argparse.Namespace, questions: list[str], pictures: list[Any], names: list[str]) -> dict[str, Any]:
-    """Compress (or load), answer, and measure if that was asked for."""
-    from htc_vlm import CompressedImages, load
-    from htc_vlm.model.answering import Answerer
-
-    model, processor = load(options.model)
-    answerer = Answerer(model, processor)
-    if (options.save or options.load or options.heatmap) and not model.model.compressor.n_bottleneck:
-        raise ValueError(f"model {options.model!r} has no bottleneck, which --save, --from and --heatmap need; use e.g. tiny")
-    for question in questions:
-        unknown = answerer.unknown_words(question)
-        if unknown:
-            print(f"htc-vlm ask: {options.model} has never seen the words: {', '.join(unknown)}", file=sys.stderr)
-    if options.load is not None:
-        encoded: Any = CompressedImages.load(options.load)
-        encoded.check_made_by(model.recipe().digest)
-        names = [f"{options.load.name}[{i}]" for i in range(len(encoded))]
-    else:
-        encoded = answerer.encode(pictures)
-    if options.save is not None:
-        encoded.save(options.save)
     rows = []
-    for i, name in enumerate(names):
-        given = answerer.ask(encoded[[i]], [0] * len(questions), questions, options.max_new_tokens) if questions else []
-        row: dict[str, Any] = {
-            "picture": name,
-            "answers": [{"question": q, "answer": a} for q, a in zip(questions, given, strict=True)],
-        }
-        if options.verbose:
-            row["cost"] = measure(answerer, pictures[i], (questions or ["what is this ?"])[0], options.max_new_tokens)
+    for row in answer(options, request, model, refuse):
         rows.append(row)
+        if not options.json:
+            print(as_text({"pictures": [row]}), flush=True)
+    report = {"model": str(options.model), "pictures": rows, "refused": refused}
+    if options.json:
+        print(json.dumps(report, indent=1))
+    return (1 if report["pictures"] else 2) if refused else 0
+
+
+def _could_be_read(path: Path) -> bool:
+    """Is it a picture? Looked at until one is, to refuse before a model is loaded."""
+    from htc_vlm.data.images import ImageError, load_image
+
+    try:
+        load_image(path)
+    except (ImageError, OSError):
+        return False
+    return True
+
+
+class Asked:
+    """The model that is asked, with the method applied to it if one was named."""
+
+    def __init__(self, options: argparse.Namespace, questions: list[str]) -> None:
+        from htc_vlm import load
+        from htc_vlm.model.answering import Answerer
+        from htc_vlm.model.loading import to_device
+
+        self.model, self.processor = load(options.model)
+        to_device(self.model, options.device)
+        if (options.save or options.load or options.heatmap) and not self.model.model.compressor.n_bottleneck:
+            told = "has no bottleneck, which --save, --from and --heatmap need; use e.g. tiny"
+            raise ValueError(f"model {options.model!r} {told}")
+        self.method = applied_method(options.method, options.budget, self.model)
+        self.answerer = Answerer(self.model, self.processor)
+        for question in questions:
+            unknown = self.answerer.unknown_words(question)
+            if unknown:
+                print(f"htc-vlm ask: {options.model} has never seen the words: {', '.join(unknown)}", file=sys.stderr)
+
+    @contextmanager
+    def applied(self) -> Iterator[Any]:
+        """The answerer, while the method is applied."""
+        from htc_vlm import apply
+
+        if self.method is None:
+            yield self.answerer
+            return
+        with apply(self.model, **self.method) as applied:
+            self.answerer.keep_pixels = applied.method.acts_in_tower
+            yield self.answerer
+
+
+def applied_method(text: str | None, n_tokens: float | None, model: Any) -> dict[str, Any] | None:
+    """--method and --budget -> {"name": ..., and its settings}; None without --method."""
+    from htc_vlm import compressors
+    from htc_vlm.cli.eval import parse_compressor
+    from htc_vlm.model.modeling import sizes_of
+
+    method = parse_compressor(text)
+    if method is None:
+        if n_tokens is not None:
+            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
+        return None
+    if n_tokens is None:
+        return method
+    n_layers = model.config.text_config.num_hidden_layers
+    made = compressors.get(method["name"]).for_budget(n_tokens, sizes_of(model.config).n_patches, n_layers)
+    return {**made, **method}
+
+
+def answer(
+    options: argparse.Namespace, request: Request, asked: Asked | None, refuse: Callable[[Path, str], None]
+) -> Iterator[dict[str, Any]]:
+    """A row for each picture: compressed (or loaded) and answered in batches, measured if that was asked for."""
+    from htc_vlm import CompressedImages
+    from htc_vlm.data.images import load_batches
+
+    if asked is None:
+        for _ in load_batches(request.pictures, options.batch_size, refuse):
+            pass
+        return
+    kept: list[Any] = []
+    shown: list[tuple[str, Any]] = []
+    with asked.applied() as answerer:
+        if options.load is not None:
+            album = CompressedImages.load(options.load)
+            album.check_made_by(asked.model.recipe().digest)
+            for begin in range(0, len(album), options.batch_size):
+                encoded = album[begin : begin + options.batch_size].to(asked.model.device)
+                names = [f"{options.load.name}[{begin + i}]" for i in range(len(encoded))]
+                yield from rows_of(answerer, encoded, names, request.questions, options)
+            return
+        for paths, pictures in load_batches(request.pictures, options.batch_size, refuse):
+            encoded = answerer.encode(pictures)
+            if options.save is not None:
+                kept.append(encoded.to("cpu"))
+            if options.heatmap is not None:
+                shown += [(path.name, picture) for path, picture in zip(paths, pictures, strict=True)]
+            for i, row in enumerate(rows_of(answerer, encoded, [str(path) for path in paths], request.questions, options)):
+                if options.verbose:
+                    question = (request.questions or ["what is this ?"])[0]
+                    row["cost"] = measure(answerer, pictures[i], question, options.max_new_tokens)
+                yield row
+    if options.save is not None:
+        CompressedImages.concat(kept).save(options.save)
     if options.heatmap is not None:
         from htc_vlm.viz import attention_map
 
-        attention_map.draw(model, processor, pictures, [Path(name).name for name in names], options.heatmap)
-    return {"model": str(options.model), "pictures": rows}
+        names, pictures = [name for name, _ in shown], [picture for _, picture in shown]
+        attention_map.draw(asked.model, asked.processor, pictures, names, options.heatmap)
+
+
+def rows_of(
+    answerer: Any, encoded: Any, names: list[str], questions: list[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every question about every picture of a batch, --batch-size of them at a time."""
+    pairs = [(i, question) for i in range(len(names)) for question in questions]
+    texts: list[str] = []
+    for begin in range(0, len(pairs), options.batch_size):
+        part = pairs[begin : begin + options.batch_size]
+        texts += answerer.ask(encoded, [i for i, _ in part], [question for _, question in part], options.max_new_tokens)
+    given: list[list[dict[str, str]]] = [[] for _ in names]
+    for (i, question), text in zip(pairs, texts, strict=True):
+        given[i].append({"question": question, "answer": text})
+    return [{"picture": name, "answers": answers} for name, answers in zip(names, given, strict=True)]
 
 
 def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, repeats: int = 5) -> dict[str, Any]:

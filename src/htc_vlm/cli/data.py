@@ -8,6 +8,7 @@ Differs: nothing known.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from PIL import Image
 
 from htc_vlm.data.prompts import IMAGE
 from htc_vlm.eval.task import HasBaselines, Item, make_task
+from htc_vlm.files import write_new
 from htc_vlm.tiny.questions import Question
 
 MODULES = {"pictograms": "pictograms", "easy-vqa": "easy_vqa", "fashion-mnist": "fashion_mnist"}
@@ -112,19 +114,23 @@ def conversation(image_id: str, questions: Sequence[Question]) -> dict[str, obje
     return {"id": image_id, "image": f"{image_id}.png", "conversations": turns}
 
 
-def write_split(dataset: ModuleType, questions: Sequence[Question], out: Path, split: str) -> Path:
-    """Write OUT/images/ID.png for every image asked about, then OUT/SPLIT.json; returns the JSON's path."""
+def write_split(dataset: ModuleType, questions: Sequence[Question], out: Path, split: str, force: bool = False) -> Path:
+    """Write OUT/images/ID.png for every image asked about, then OUT/SPLIT.json; returns the JSON's path.
+
+    ValueError where another file is in the place of one, unless `force`; the same file is left as it is.
+    """
     by_image: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[question.image].append(question)
     for image_id in by_image:
         file = out / "images" / f"{image_id}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        dataset.picture(image_id).save(file)
+        png = io.BytesIO()
+        dataset.picture(image_id).save(png, format="PNG")
+        write_new(file, png.getvalue(), force)
     samples = [conversation(image_id, rows) for image_id, rows in by_image.items()]
-    unfinished = out / f"{split}.json.part"  # renamed when complete: a cut-off run leaves no half list behind
-    unfinished.write_text(json.dumps(samples, indent=1) + "\n", "utf-8")
-    return unfinished.replace(out / f"{split}.json")
+    write_new(out / f"{split}.json", (json.dumps(samples, indent=1) + "\n").encode(), force)
+    return out / f"{split}.json"
 
 
 def check_pictures(dataset: ModuleType, image_ids: Sequence[str]) -> None:
@@ -154,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=tuple(MODULES), help="which data set")
     parser.add_argument("--data", type=Path, help="folder with the official files (default: $HTC_VLM_DATA)")
     parser.add_argument("--out", type=Path, help="write SPLIT.json (LLaVA conversations) and images/ here")
+    parser.add_argument("--force", action="store_true", help="replace other files in --out")
     parser.add_argument("--limit", type=int, metavar="N", help="open, show and write the first N images of each split")
     return parser
 
@@ -182,5 +189,5 @@ def run(argv: list[str]) -> int:
         print(f"\n{split}: {len(kept)} images, {len(shown)} questions")
         print(table(balance(shown, blind(args.name, split, shown))))
         if args.out is not None:
-            print(f"wrote {write_split(dataset, shown, args.out, split)}")
+            print(f"wrote {write_split(dataset, shown, args.out, split, args.force)}")
     return 0

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         help="the attention over each picture, or the paper's Figure 3: a row per picture, a column per token, all layers",
     )  # fmt: skip
     arguments.add_argument("--numbers", type=Path, metavar="OUT.json", help="write the shares per layer, too")
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     return arguments
 
@@ -41,10 +42,14 @@ def run(argv: list[str]) -> int:
     if options.numbers is not None:
         check_output(options.numbers, options.force, [*options.pictures, options.output], (".json",))
     from htc_vlm import load
+    from htc_vlm.model.loading import to_device
     from htc_vlm.viz import attention_map
 
     pictures, names = _pictures(options)
-    looks = [attention_map.look(label, *load(model), pictures) for label, model in zip(labels, models, strict=True)]
+    looks = []
+    for label, name in zip(labels, models, strict=True):
+        model, processor = load(name)
+        looks.append(attention_map.look(label, to_device(model, options.device), processor, pictures))
     if options.how == "pictures":
         attention_map.draw_pictures(looks, pictures, names, options.output)
     else:

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--question", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
     arguments.add_argument("--output", type=Path, required=True, metavar="OUT.png")
     arguments.add_argument("--model", default="tiny-upper", help="an uncompressed checkpoint (default: tiny-upper)")
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
 
@@ -51,11 +52,13 @@ def run(argv: list[str]) -> int:
     check_output(options.output, options.force, [options.picture], FIGURES)
     from htc_vlm import compressors, load
     from htc_vlm.data.images import load_for_model
+    from htc_vlm.model.loading import to_device
     from htc_vlm.model.modeling import sizes_of
     from htc_vlm.viz import token_map
 
     picture = load_for_model(options.picture)
     model, processor = load(options.model)
+    to_device(model, options.device)
     n_layers = model.config.text_config.num_hidden_layers
     settings: dict[str, Any] = {}
     if options.budget is not None:

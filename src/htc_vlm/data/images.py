@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -63,6 +63,26 @@ def load_for_model(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_P
             f"{path}: {picture.width} x {picture.height} pixels, padded to a square, exceed {max_pixels:,}; crop it"
         )
     return picture
+
+
+def load_batches(
+    files: Sequence[Path], batch_size: int, leave_out: Callable[[Path, str], None]
+) -> Iterator[tuple[list[Path], list[Image.Image]]]:
+    """`load_for_model` of up to batch_size files at a time -> (files, pictures); `leave_out(file, message)` for each that
+    cannot be used. No more than a batch of pictures is in memory."""
+    paths: list[Path] = []
+    pictures: list[Image.Image] = []
+    for file in files:
+        try:
+            pictures.append(load_for_model(file))
+            paths.append(file)
+        except (ImageError, OSError) as error:
+            leave_out(file, " ".join(str(error).split()))
+        if len(pictures) == batch_size:
+            yield paths, pictures
+            paths, pictures = [], []
+    if pictures:
+        yield paths, pictures
 
 
 def from_bytes(data: bytes, name: str = "picture", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

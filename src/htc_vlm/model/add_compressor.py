@@ -18,17 +18,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from htc_vlm import compressors
 from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
 from htc_vlm.convert.mgvq import mgvq_state_dict
 from htc_vlm.data.prompts import VICUNA_V1
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
+from htc_vlm.model.load_report import holds_weights, without_load_report
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
 from htc_vlm.quantizers.mgvq import MGVQ
 
 BOTTLENECK_TOKEN = "<voco>"
+QUANTIZER = "model.compressor.quantizer."
+NO_QUANTIZER = "this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)"
 # Sizes of the checkpoints that presets may name as `base`, from their config.json.
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
 BASES: dict[str, dict[str, Any]] = {
@@ -70,21 +74,24 @@ def with_compressor(
     vision tower. Raises ValueError for weights that do not fit.
     """
     base = _read_base(path, compressor, vision)
-    model, info = HtcVlmForConditionalGeneration.from_pretrained(
-        base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    if mgvq is None and not allow_untrained_quantizer:
+        _refuse_missing_quantizer(base)
+    with without_load_report():  # _check_fit says what is missing
+        model, info = HtcVlmForConditionalGeneration.from_pretrained(
+            base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     _check_fit(path, info)
     check_defaults(model.generation_config, path)
     if base.state is not None:  # the original's generate never meets <image>; ours could write it
         model.generation_config.suppress_tokens = [model.config.image_token_id]
     if model.model.compressor.n_bottleneck:
         add_bottleneck_token(model, base.tokenizer)
-    quantizer = [name for name in info["missing_keys"] if name.startswith("model.compressor.quantizer.")]
+    quantizer = [name for name in info["missing_keys"] if name.startswith(QUANTIZER)]
     if mgvq is not None:
         load_mgvq(model, mgvq)
     elif quantizer and not allow_untrained_quantizer:
-        raise ValueError("this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)")
+        raise ValueError(NO_QUANTIZER)
     processor = HtcVlmProcessor.for_config(
         model.config, base.image_processor, base.tokenizer, **base.processor_options
     )
@@ -92,6 +99,13 @@ def with_compressor(
         processor.set_style(VICUNA_V1)
     model.image_processor = processor.image_processor
     return model, processor
+
+
+def _refuse_missing_quantizer(base: _Base) -> None:
+    """ValueError, before gigabytes are read, where the compressor reads a code that nothing here can make."""
+    made: Any = compressors.build(**base.config.compressor)
+    if getattr(made, "has_code", False) and (base.path is None or not holds_weights(base.path, QUANTIZER)):
+        raise ValueError(NO_QUANTIZER)
 
 
 @dataclass(frozen=True)

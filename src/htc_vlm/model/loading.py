@@ -100,6 +100,20 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
+def to_device(model: Any, device: str) -> Any:
+    """`model.to(device)`. ValueError where there is no such device here."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r}: no kind of device; write e.g. cpu, cuda or cuda:1") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices; cpu always works")
+    try:
+        return model.to(wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: the model cannot be moved there ({' '.join(str(error).split())})") from error
+
+
 def without_compression(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
     """The same weights (shared, not copied) without compression: what the images would cost without it."""
     options = {**model.config.to_dict(), "compressor": {"name": "none"}}
