@@ -178,6 +178,18 @@ def test_the_umask_is_read_without_being_changed() -> None:
         os.umask(before)
 
 
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """`convert` that failed half way left a folder behind, and the same command then refused it as already there."""
+    with pytest.raises(ValueError, match="no"), files.replacing_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("{}")
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+    for text in ("old", "new"):
+        with files.replacing_folder(tmp_path / "out") as folder:
+            (folder / "config.json").write_text(text)
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [("config.json", "new")]
+
+
 # ------------------------------------------------------------------------------------------ generation_config.json
 def test_llavas_own_generation_defaults_convert_and_are_kept_as_far_as_they_act(tmp_path: Path) -> None:
     """temperature and top_p without do_sample, as in many LLaVA folders: `convert` died with a folder half written, and

@@ -57,14 +57,16 @@ def run(argv: list[str]) -> int:
     options = compressor_options(args.compressor, args.set)
     import torch
 
+    from htc_vlm.files import replacing_folder
     from htc_vlm.model.add_compressor import with_compressor
 
     dtype = args.dtype if args.dtype == "auto" else vars(torch).get(args.dtype)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype {args.dtype!r}: write auto or a torch dtype such as float32 or bfloat16")
     model, processor = with_compressor(args.llava, options, args.mgvq, dtype, vision=args.vision)
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    with replacing_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     compressor = model.model.compressor
     report = {
         "output": str(args.output),

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, find_style
-from htc_vlm.files import write_json
+from htc_vlm.files import replacing_folder, write_json
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
@@ -308,26 +307,27 @@ def save_rounded(model: Any, processor: Any, folder: Path) -> None:
             name: value.to(torch.bfloat16) if value.is_floating_point() and ".quantizer." not in name else value
             for name, value in state.items()
         }
-        # With its sharding in the configuration, save_pretrained would gather again, alone, and wait for the others for ever.
-        whole, folder = folder, folder.with_name(folder.name + ".partial")  # renamed when complete
-        shutil.rmtree(folder, ignore_errors=True)
-        sharding = model.config.__dict__.pop("distributed_config", None)
-        try:
-            model.save_pretrained(folder, state_dict=rounded)
-        finally:
-            if sharding is not None:
-                model.config.distributed_config = sharding
-        config = json.loads((folder / "config.json").read_text())
-        config["dtype"] = "float32"
-        config.pop("use_cache", None)  # Trainer's own setting, which would make generate slow
-        for part in (config, config["vision_config"], config["text_config"]):
-            part.pop("_name_or_path", None)  # where the weights once lay
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        processor.save_pretrained(folder)
-        shutil.rmtree(whole, ignore_errors=True)
-        folder.rename(whole)
+        with replacing_folder(folder) as partial_folder:
+            _write_model(model, rounded, processor, partial_folder)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _write_model(model: Any, state: dict[str, Tensor], processor: Any, folder: Path) -> None:
+    # With its sharding in the configuration, save_pretrained would gather again, alone, and wait for the others for ever.
+    sharding = model.config.__dict__.pop("distributed_config", None)
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        if sharding is not None:
+            model.config.distributed_config = sharding
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    config.pop("use_cache", None)  # Trainer's own setting, which would make generate slow
+    for part in (config, config["vision_config"], config["text_config"]):
+        part.pop("_name_or_path", None)  # where the weights once lay
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    processor.save_pretrained(folder)
 
 
 def _whole_state(model: Any) -> dict[str, Tensor] | None:
