@@ -50,14 +50,31 @@ def results() -> str:
     return "\n".join([*lines, "| *the question alone* | " + " | ".join(blind) + " |"])
 
 
+def families(page: str) -> dict[str, str]:
+    """Method -> where it works, from the table of docs/families.md (made from code); of several rows the widest.
+
+    >>> families("| | A | B |\\n|---|---|---|\\n| x | works | works |\\n| y, in | works | [1] |\\n| y, after | works | works |")
+    {'x': 'all 2', 'y': 'all 2'}
+    """
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    names, found = rows[0][1:], dict[str, list[str]]()
+    for method, *cells in rows[2:]:
+        works = [name for name, cell in zip(names, cells, strict=True) if cell == "works"]
+        name = method.partition(",")[0].strip("`")
+        found[name] = max(works, found.get(name, []), key=len)
+    return {name: f"all {len(names)}" if len(works) == len(names) else ", ".join(works) for name, works in found.items()}
+
+
 def methods() -> str:
     """A line a method, from the registry."""
-    lines = ["| method | source | acts | trained | cached |", "|---|---|---|---|---|"]
+    where = families((ROOT / "docs" / "families.md").read_text(encoding="utf-8"))
+    lines = ["| method | source | acts | families | cached |", "|---|---|---|---|---|"]
     for name in compressors.names():
         cls = compressors.COMPRESSORS.get(name)
         path = "src/" + cls.__module__.replace(".", "/") + ".py"
-        trained, cached = ("yes" if flag else "" for flag in (cls.TRAINED, cls.QUESTION_INDEPENDENT))
-        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {cls.ACTS} | {trained} | {cached} |")
+        cached = "yes" if cls.QUESTION_INDEPENDENT else ""
+        works = "a model of its own, trained" if cls.TRAINED else where.get(name, "")
+        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {cls.ACTS} | {works} | {cached} |")
     return "\n".join(lines)
 
 
