@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test study slow wheel docs check table clean
+.PHONY: help demo test study slow wheel docs check table clean wheel
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -34,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) tests src
+
+wheel: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
 
 study: $(READY)
 	$(PYTEST) study

@@ -47,8 +47,8 @@ def test_a_wrong_override_is_refused_by_name(override: str, message: str, tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a preset is a YAML mapping"),
-        ("- a\n- b\n", "a preset is a YAML mapping"),
+        ("", "'data' is missing or empty"),
+        ("- a\n- b\n", "expected keys with values"),
         ("a: [", "not YAML"),
         ("name: x\n", "'data' is missing or empty"),
         ("name: x\ndata: [{task: easy-vqa}]\n", "'stages' is missing"),
@@ -87,8 +87,8 @@ def test_a_wrong_setting_of_a_stage_is_refused_by_name(setting: dict[str, object
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [
-        ("vision", {"imagesize": 64}, "vision has no setting 'imagesize'"),
-        ("text", {"hidden": 64}, "text has no setting 'hidden'"),
+        ("vision", {"imagesize": 64}, "vision: unknown key 'imagesize'; known: .*image_size"),
+        ("text", {"hidden": 64}, "text: unknown key 'hidden'; known: .*hidden_size"),
     ],
 )
 def test_a_mistyped_size_of_the_model_is_refused(part: str, settings: dict[str, int], message: str) -> None:

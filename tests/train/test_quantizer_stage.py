@@ -48,7 +48,7 @@ def test_pictures_come_evenly_from_the_training_split() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"stps": 3}, "unknown stage setting 'stps'; known: image_size"),
+        ({"stps": 3}, "unknown stage setting 'stps'; known: .*image_size"),
         ({"image_size": None}, "image_size is None; give the pictures' side in pixels"),
         ({"steps": "many"}, "steps is 'many'; give a whole number"),
     ],

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from htc_vlm.settings import from_pairs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,18 +35,10 @@ def compressor_options(name: str, settings: Sequence[str]) -> dict[str, Any]:
     >>> compressor_options("htc", ["compressor.n_anchors=8", "compressor.quantizer.preset=f16c32g8"])
     {'name': 'htc', 'n_anchors': 8, 'quantizer': {'preset': 'f16c32g8'}}
     """
-    options: dict[str, Any] = {"name": name}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        first, *rest = key.split(".")
-        if not equals or first != "compressor" or not rest:
-            raise ValueError(f"--set {text!r}: write compressor.KEY=VALUE, e.g. compressor.n_anchors=8")
-        node = options
-        *parents, last = rest
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(value)
-    return options
+    given = from_pairs(settings, "compressor.n_anchors=8")
+    if not isinstance(given.get("compressor", {}), dict) or set(given) - {"compressor"}:
+        raise ValueError(f"--set {' '.join(settings)!r}: write compressor.KEY=VALUE, e.g. compressor.n_anchors=8")
+    return {"name": name, **given.get("compressor", {})}
 
 
 def run(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from htc_vlm.eval.run import run_task
 from htc_vlm.eval.task import Task, find_tasks, make_task
-from htc_vlm.settings import budget
+from htc_vlm.settings import budget, from_pairs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,22 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="recorded in the result; decoding is greedy")
     parser.add_argument("--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="a protocol choice")
     return parser
-
-
-def parse_options(pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """["pope.headline=accuracy", "textvqa.ocr=false"] -> {task: {option: value}}; true and false are booleans.
-
-    >>> parse_options(["pope.headline=accuracy", "textvqa.ocr=false"])
-    {'pope': {'headline': 'accuracy'}, 'textvqa': {'ocr': False}}
-    """
-    options: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        task, dot, option = name.rpartition(".")
-        if not (equals and dot):
-            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {pair!r}")
-        options.setdefault(task, {})[option] = {"true": True, "false": False}.get(value, value)
-    return options
 
 
 def parse_compressor(text: str | None) -> dict[str, Any] | None:
@@ -87,7 +71,10 @@ def _method(args: argparse.Namespace, model: Any) -> dict[str, Any] | None:
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
-    options = parse_options(args.set)
+    options = from_pairs(args.set, "pope.headline=accuracy")
+    for name, chosen in options.items():
+        if not isinstance(chosen, dict):
+            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {name}={chosen}")
     names = [name.strip() for name in args.task.split(",") if name.strip()]
     unused = sorted(set(options) - set(names))
     if unused:

@@ -10,9 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from htc_vlm.settings import budget
+from htc_vlm.settings import budget, from_pairs
 
 QUESTION = "what is at the top left ?"
 
@@ -29,20 +27,6 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
-
-
-def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """
-    >>> settings_of(["n_keep=12", "stages=[1, 2]", "place=after_tower"])
-    {'n_keep': 12, 'stages': [1, 2], 'place': 'after_tower'}
-    """
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r} has no '='; write e.g. --set n_keep=12")
-        settings[name] = yaml.safe_load(value)
-    return settings
 
 
 def run(argv: list[str]) -> int:
@@ -64,7 +48,7 @@ def run(argv: list[str]) -> int:
     if options.budget is not None:
         n_patches = sizes_of(model.config).n_patches
         settings = compressors.get(options.method).for_budget(options.budget, n_patches, n_layers)
-    settings |= settings_of(options.set)
+    settings |= from_pairs(options.set, "n_keep=12")
     found = token_map.record(model, processor, picture, options.question, options.method, settings)
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
     square = token_map.seen_by_model(model, processor, picture)

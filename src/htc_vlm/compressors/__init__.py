@@ -21,6 +21,8 @@ from htc_vlm.compressors.base import (
     TowerView,
     budget_tokens,
     build,
+    check_choice,
+    check_count,
     get,
 )
 
@@ -46,6 +48,8 @@ __all__ = [
     "TowerView",
     "budget_tokens",
     "build",
+    "check_choice",
+    "check_count",
     "get",
     "names",
 ]

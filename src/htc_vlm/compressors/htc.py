@@ -49,7 +49,7 @@ class Htc(Bottleneck):
         "image_size": 32, "widths": [8, 8, 8], "depths": [1, 1, 1],
         "latent_channels": 8, "codebook_size": 16, "groups": 2,
     }  # fmt: skip
-    EXAMPLES = (
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"n_bottleneck": 3, "quantizer": _TINY},
         {"quantizer": _TINY},
         {"n_anchors": 1, "fusion": "post", "visual_attention": "causal", "quantizer": _TINY},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from htc_vlm.data.conversations import load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.files import picture_files
+from htc_vlm.settings import make
 from htc_vlm.train import presets
 from htc_vlm.train.run_record import refuse_foreign
 from htc_vlm.train.train_quantizer import Pictures, TokenizerTraining, stack_pictures, train_tokenizer
@@ -37,17 +38,12 @@ def train_tokenizer_stage(preset: dict[str, Any], output: Path, data: Path | Non
     size, n_pictures = block.pop("image_size", None), block.pop("n_pictures", N_PICTURES)
     if not isinstance(size, int) or not isinstance(n_pictures, int):
         raise ValueError(f"image_size is {size!r}; give the pictures' side in pixels; n_pictures: a whole number")
-    known = {field.name for field in fields(TokenizerTraining)}
-    if unknown := sorted(set(block) - known):
-        raise ValueError(f"unknown stage setting {unknown[0]!r}; known: image_size, n_pictures, {', '.join(sorted(known))}")
-    for setting in fields(TokenizerTraining):
-        if setting.name in block:
-            block[setting.name] = presets.typed(setting.name, block[setting.name], setting.type)
+    training = make(TokenizerTraining, block, what="stage setting", also_known=("image_size", "n_pictures"))
     refuse_foreign(output)
     parts = [presets.DataPart(**options) for options in preset["data"]]
     total = sum(part.share for part in parts)
     split = [_train_and_held_out(part, round(n_pictures * part.share / total), size) for part in parts]
-    report = train_tokenizer(np.concatenate([train for train, _ in split]), TokenizerTraining(**block), output, split[0][1])
+    report = train_tokenizer(np.concatenate([train for train, _ in split]), training, output, split[0][1])
     return asdict(report)
 
 

@@ -76,7 +76,7 @@ def _row(fields: Mapping[str, Any]) -> MmBenchRow:
     if fields.get("answer") not in options:
         raise ValueError(f"MMBench row {fields['index']} has no usable answer: {fields.get('answer')!r} of {options}")
     hint = fields.get("hint")
-    question = fields["question"] if _is_empty(hint) or hint.strip() == "None" else f"{hint}\n{fields['question']}"
+    question = fields["question"] if _is_empty(hint) or str(hint).strip() == "None" else f"{hint}\n{fields['question']}"
     return MmBenchRow(int(fields["index"]), question, options, fields["answer"], fields["category"], fields["image"])
 
 

@@ -7,14 +7,14 @@ Differs: nothing known. An unknown key is refused.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from htc_vlm.data.prompts import TINY
+from htc_vlm.settings import check_keys, make, override, read_yaml
 from htc_vlm.tiny.align_patches import WordSettings
 from htc_vlm.train.loop import LoopSettings
 
@@ -50,34 +50,29 @@ def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """A preset file with overrides like `stages.instruct.steps=100` applied. ValueError names what is wrong."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such preset; shipped: {', '.join(sorted(p.stem for p in shipped()))}")
-    try:
-        preset = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({error})") from error
-    if not isinstance(preset, dict):
-        raise ValueError(f"{path}: a preset is a YAML mapping with {', '.join(sorted(NEEDED))}; found {preset!r:.60}")
-    for override in overrides or []:
-        _override(preset, override)
+    preset = read_yaml(path)
+    for text in overrides or []:
+        override(preset, text, "stages.instruct.steps=100", create=False)
     _check(path, preset)
     return preset
 
 
 def _check(path: Path, preset: dict[str, Any]) -> None:
     """ValueError for keys that nothing reads, and for parts that are missing."""
-    unknown = sorted(set(preset) - KEYS)
-    if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    check_keys(path, preset, sorted(KEYS))
     absent = sorted(key for key in NEEDED if not preset.get(key))
     if absent:
         raise ValueError(f"{path}: {absent[0]!r} is missing or empty; a preset has {', '.join(sorted(NEEDED))}")
     for name, block in preset["stages"].items():
         if not isinstance(block, dict):
             raise ValueError(f"{path}: stages.{name} is {block!r}; give it settings, at least `steps: 1000`")
-    known = [field.name for field in fields(DataPart)]
     for part in preset["data"]:
-        wrong = sorted(set(part) - set(known))
-        if wrong or not part.get("task"):
-            raise ValueError(f"{path}: data: {part} has no task, or an unknown key; known: {', '.join(known)}")
+        if not isinstance(part, dict) or not part.get("task"):
+            raise ValueError(f"{path}: data: {part} has no task")
+        try:
+            make(DataPart, part)
+        except ValueError as error:
+            raise ValueError(f"{path}: data: {part['task']}: {error}") from error
 
 
 def shipped() -> list[Path]:
@@ -92,59 +87,15 @@ def find(name: str) -> Path:
     return Path(__file__).parent / f"{name}.yaml"
 
 
-def _override(preset: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"override {text!r} has no '='; write e.g. stages.instruct.steps=100")
-    node = preset
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            raise ValueError(f"override {text!r}: the preset has no {parent!r} with values inside")
-        node = node[parent]
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: {value!r} is not YAML") from error
-
-
 def loop_settings(stage: dict[str, Any]) -> LoopSettings:
     """The training settings of a stage's block (everything but `compressor` and what only the tokenizer knows)."""
-    known = {field.name for field in fields(LoopSettings)}
     given = {key: value for key, value in stage.items() if key not in STAGE_KEYS}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"unknown stage setting {unknown[0]!r}; known: {', '.join(sorted(known | set(STAGE_KEYS)))}")
-    for field in fields(LoopSettings):
-        if field.name in given:
-            given[field.name] = typed(field.name, given[field.name], field.type)
-    return LoopSettings(**given)
+    return make(LoopSettings, given, what="stage setting", also_known=STAGE_KEYS)
 
 
 def word_settings(block: dict[str, Any]) -> WordSettings:
     """A preset's `words` block."""
-    known = {field.name: field.type for field in fields(WordSettings)}
-    _check_known("words", block, known)
-    return WordSettings(**{name: typed(f"words.{name}", value, known[name]) for name, value in block.items()})
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """A YAML value in the type of a setting ("2e-3" is a string in YAML); ValueError where it cannot be.
-
-    >>> typed("learning_rate", "2e-3", "float")
-    0.002
-    """
-    if kind == "float" and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} is {value!r}; give a number") from error
-    mappings = {"dict[str, Any] | None": dict | None, "Mapping[str, Any]": dict}
-    fits: Any = {"int": int, "bool": bool, "str": str, **mappings}[kind]
-    if not isinstance(value, fits) or (isinstance(value, bool) and kind == "int"):
-        words = {"int": "a whole number", "bool": "true or false", "str": "a word"}
-        raise ValueError(f"{name} is {value!r}; give {words.get(kind, 'a mapping')}")
-    return value
+    return make(WordSettings, block, where="words.")
 
 
 def task_module(task: str) -> Any:
@@ -185,12 +136,6 @@ def word_tokenizer(vocabulary: list[str]) -> Any:
     )
 
 
-def _check_known(what: str, given: dict[str, Any], known: dict[str, Any]) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"preset: {what} has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-
-
 def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
     """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
 
@@ -205,8 +150,8 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
     if absent:
         raise ValueError(f"the preset has no {absent[0]!r}, which building a model from scratch needs; or give --start")
     vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
-    _check_known("vision", preset["vision"], vision.config.to_dict())
-    _check_known("text", preset["text"], LlamaConfig().to_dict())
+    check_keys("preset: vision", preset["vision"], sorted(vision.config.to_dict()))
+    check_keys("preset: text", preset["text"], sorted(LlamaConfig().to_dict()))
     for name, value in preset["vision"].items():
         setattr(vision.config, name, value)
     vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})

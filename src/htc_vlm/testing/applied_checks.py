@@ -1,0 +1,113 @@
+"""What a method promises when `htc_vlm.apply` runs it on a model. Each docstring names the fault that the check prevents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htc_vlm.applied.apply import apply
+from htc_vlm.testing import families, tiny_llava
+from htc_vlm.testing.cases import Case
+from htc_vlm.testing.tiny_llava import IMAGE, N_IMAGES, N_LAYERS, N_PATCHES, assert_close, batch, pixels, rows
+
+
+def _inputs(case: Case) -> dict[str, Tensor]:
+    return {**batch(rows(case.plain)), "pixel_values": pixels(3)}
+
+
+def _answer(model: Any, inputs: dict[str, Tensor], n_new: int = 3, **options: Any) -> Any:
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **options}
+    return model.generate(**inputs, max_new_tokens=n_new, **options)
+
+
+def the_schedule_is_what_happened_when_applied(case: Case) -> None:
+    """A method that reports fewer tokens than its layers see gets its place in the cost tables for nothing."""
+    with apply(case.plain, **case.compressor) as run:
+        logits = case.plain(**batch([[4, *[IMAGE] * N_PATCHES, 5, 6]]), pixel_values=pixels(1)).logits
+        promised = run.method.schedule(N_PATCHES, N_LAYERS)
+        assert run.schedule == promised, f"promised {promised}, ran {run.schedule}"
+    assert bool(torch.isfinite(logits).all())
+
+
+def the_model_is_what_it_was_afterwards(case: Case) -> None:
+    """A hook, class or weight that stays behind changes every later result without a word."""
+    model, inputs = case.plain, _inputs(case)
+    before = model(**inputs).logits
+    kinds = [type(module) for module in model.modules()]
+    keys = [sorted(vars(module)) for module in model.modules()]
+    torch.rand(1)  # a state that no seed gives
+    state = torch.random.get_rng_state(), random.getstate()
+    with apply(model, **case.compressor):
+        first = model(**inputs).logits
+        assert model(**inputs).logits.equal(first), "running twice gives two results"
+    assert torch.random.get_rng_state().equal(state[0]) and random.getstate() == state[1], "the global random state moved"
+    assert [type(module) for module in model.modules()] == kinds
+    assert [sorted(vars(module)) for module in model.modules()] == keys
+    assert model(**inputs).logits.equal(before)
+
+
+def another_picture_gives_other_logits_when_applied(case: Case) -> None:
+    """A method that shows the model nothing passes most other checks."""
+    inputs = batch([[*[IMAGE] * N_PATCHES, 5, 6]])
+    with apply(case.plain, **case.compressor):
+        one, other = (case.plain(**inputs, pixel_values=pixels(1, seed)).logits[:, -1] for seed in (1, 2))
+    assert (one - other).abs().max() > 0.01
+
+
+def cached_generation_is_uncached_recomputation(case: Case) -> None:
+    """Decoding over layers of different lengths: wrong positions or masks show only after the first new token."""
+    model, inputs = case.plain, _inputs(case)
+    with apply(model, **case.compressor):
+        cached = _answer(model, inputs)
+        anew = _answer(model, inputs, use_cache=False)
+    assert_close(cached.logits, anew.logits)
+    assert cached.sequences[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"]), "the prompt must come back as given"
+
+
+def a_left_padded_batch_gives_what_its_samples_give(case: Case) -> None:
+    """The released codes of FastV, PyramidDrop and SparseVLM read sample 0 only. 2, 0 and 1 images here."""
+    model, images, n_used = case.plain, pixels(3), 0
+    with apply(model, **case.compressor):
+        together = _answer(model, _inputs(case), n_new=1).logits[0]
+        for i, (row, n) in enumerate(zip(rows(model), N_IMAGES, strict=True)):
+            own = {"pixel_values": images[n_used : n_used + n]} if n else {}
+            n_used += n
+            assert_close([together[i]], [_answer(model, {**batch([row]), **own}, n_new=1).logits[0][0]])
+
+
+def sdpa_and_eager_agree_when_applied(case: Case) -> None:
+    """A mask in the form that one backend ignores."""
+    outs = []
+    for backend in ("sdpa", "eager"):
+        model = tiny_llava.shared({"name": "none"}, backend)
+        with apply(model, **case.compressor):
+            outs.append(_answer(model, _inputs(case), n_new=2).logits)
+    assert_close(*outs)
+
+
+def each_family_works_or_is_refused_by_name(case: Case) -> None:
+    """A method that cannot act on a kind of model must say so, not give its results."""
+    for family in families.FAMILIES:
+        model, inputs = families.tiny_model(family)
+        before = model(**inputs).logits
+        try:
+            with apply(model, **case.compressor) as run:
+                logits = model(**inputs).logits
+                assert bool(torch.isfinite(logits).all()), f"{family}: logits are not finite"
+                assert run.schedule is not None, f"{family}: nothing was applied"
+        except ValueError as error:
+            assert case.method.name in str(error), f"{family}: the refusal does not name the method: {error}"
+        assert model(**inputs).logits.equal(before), f"{family}: the model is not what it was"
+
+
+Promise = Callable[[Any], None]
+ON_BOTH: tuple[Promise, ...] = (
+    the_schedule_is_what_happened_when_applied, the_model_is_what_it_was_afterwards,
+    another_picture_gives_other_logits_when_applied, cached_generation_is_uncached_recomputation,
+    a_left_padded_batch_gives_what_its_samples_give,
+)  # fmt: skip
+ON_ONE: tuple[Promise, ...] = (sdpa_and_eager_agree_when_applied, each_family_works_or_is_refused_by_name)
