@@ -70,5 +70,5 @@ def test_settings_are_read_as_yaml() -> None:
     options = compressor_options("htc", ["compressor.quantizer.image_size=336", "compressor.fusion=post"])
     assert options == {"name": "htc", "quantizer": {"image_size": 336}, "fusion": "post"}
     for wrong in ("compressor.n_anchors", "n_anchors=3", "quantizer.preset=tiny"):
-        with pytest.raises(ValueError, match=r"write (e.g. )?compressor\\.(KEY=VALUE|n_anchors)"):
+        with pytest.raises(ValueError, match=r"write (e.g. )?compressor\.(KEY=VALUE|n_anchors)"):
             compressor_options("htc", [wrong])
