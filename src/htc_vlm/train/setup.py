@@ -25,6 +25,7 @@ from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, find_style
 from htc_vlm.files import replacing_folder, write_json
+from htc_vlm.settings import typed
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
@@ -74,7 +75,7 @@ def train_stage(
     model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed, vision)
     if settings.distill_weight and teacher is None:
         raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
-    n_held_out = presets.typed("held_out", preset.get("held_out", 0), "int")
+    n_held_out = typed("held_out", preset.get("held_out", 0), int)
     conversations = any(part.get("json") for part in preset["data"])
     data: Dataset
     unseen: Dataset | None = None
