@@ -7,6 +7,7 @@ Differs: training runs the paper's one masked pass; inference runs two (compress
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
 from htc_vlm.applied import hf_compat
-from htc_vlm.model import reading
+from htc_vlm.model import adapter, reading
 from htc_vlm.model.backbone import HtcVlmPreTrainedModel
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
@@ -114,7 +115,12 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
 
     def recipe(self, image_processor: Any = None) -> Recipe:
         """What decides how a picture is compressed, see recipe.py; with the model's own image processor by default."""
-        return recipe_of(self, self.image_processor if image_processor is None else image_processor)
+        with adapter.at_work(self.model.language_model):  # an adapter decides, too, though the text runs without it
+            return recipe_of(self, self.image_processor if image_processor is None else image_processor)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the compressor alone, trained as an adapter of its base model; `load(base, adapter=folder)` reads it."""
+        adapter.save(self, folder)
 
     # ---------------------------------------------------------------- answer
     def generate(

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from htc_vlm.model import adapter as adapters
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
@@ -28,14 +29,24 @@ def load(
     name_or_path: str | os.PathLike[str],
     compressor: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
     """`load("tiny")`, or the folder of any LLaVA or HTC-VLM checkpoint -> (model in eval mode, processor).
 
     compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
-    lower bound). kwargs go to from_pretrained. FileNotFoundError, or ValueError where weights and settings do not fit.
+    lower bound). adapter: a folder that `save_adapter` wrote; the base answers text and whole images as without it
+    (`without_compression(model)`), and from compressed ones. kwargs go to from_pretrained. FileNotFoundError, or ValueError
+    where weights and settings do not fit.
     """
     with _without_progress_bars():
+        if adapter is not None:
+            if compressor is not None:
+                raise ValueError("give compressor=... or adapter=..., not both: an adapter brings its compressor")
+            about = adapters.read_about(adapter)
+            model, processor = _load(find(name_or_path), about["compressor"], dtype, kwargs)
+            adapters.restore(model, adapter, about)
+            return model, processor
         return _load(find(name_or_path), compressor, dtype, kwargs)
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
 from htc_vlm.compressors.readers import join
-from htc_vlm.model import fast_prefill
+from htc_vlm.model import adapter, fast_prefill
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import PADDING, TEXT, TokenLayout
 
@@ -43,7 +43,17 @@ def read(language_model: Any, compressor: Compressor, visual: Tensor, n_entries:
 def look(
     language_model: Any, compressor: Compressor, visual: Tensor, n_entries: int, fast: bool = False, **options: Any
 ) -> tuple[Any, Tensor]:
-    """All looks -> the output of the last one, with cache [visual; rows], and the rows' position ids (N, rows)."""
+    """All looks -> the output of the last one, with cache [visual; rows], and the rows' position ids (N, rows).
+
+    This is where an adapter (model/adapter.py) is at work; the text runs without it.
+    """
+    with adapter.at_work(language_model):
+        return _look(language_model, compressor, visual, n_entries, fast, options)
+
+
+def _look(
+    language_model: Any, compressor: Compressor, visual: Tensor, n_entries: int, fast: bool, options: dict[str, Any]
+) -> tuple[Any, Tensor]:
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
         raise ValueError(
             f"{compressor.name} reads over a cache, which gradient checkpointing drops; call gradient_checkpointing_disable()"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
 from htc_vlm.data.prompts import TINY, VICUNA_V1, find_style
 from htc_vlm.files import replacing_folder, write_json
+from htc_vlm.model import adapter
 from htc_vlm.settings import typed
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
@@ -32,9 +34,9 @@ from htc_vlm.tiny.packed import PackedQuestions, Source, codes_of
 from htc_vlm.train import presets
 from htc_vlm.train.held_out import HeldOut, hold_out
 from htc_vlm.train.loop import images_per_pass, last_whole_checkpoint, run
-from htc_vlm.train.lora import add_adapters, merge_adapters, settings_from
+from htc_vlm.train.lora import LoraSettings, add_adapters, merge_adapters, settings_from
 from htc_vlm.train.run_record import begin, check, finished, record_of
-from htc_vlm.train.stages import STAGES, Stage
+from htc_vlm.train.stages import ADAPTER, COMPRESSOR, STAGES, Stage
 
 CODE_PICTURE_SIZE = 160
 
@@ -51,7 +53,8 @@ def train_stage(
     vision: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Train one stage of a preset into `output` (resumed if it was begun); the trained model is saved in output/model.
+    """Train one stage of a preset into `output` (resumed if it was begun); the trained model is saved in output/model,
+    or in output/adapter where the stage's `trains` is `adapter`.
 
     start: checkpoint to start from (required but for the first stage); mgvq: the quantizer's weights; teacher:
     checkpoint whose answers are followed when the stage's distill_weight is above 0; data_root: where data sets lie; vision:
@@ -103,10 +106,16 @@ def train_stage(
     if unseen is not None:
         batch_size = images_per_pass(settings, int(os.environ.get("WORLD_SIZE", "1")))
         held_out = HeldOut(unseen, collator, batch_size, settings.measure_every or settings.save_every)
-    tuner, adapters = (None, None) if lora is None else add_adapters(model, lora, settings.seed)
+    is_adapter = ADAPTER in stage.trains
+    if is_adapter:
+        adapter.add(model, adapter.LoraSettings(**asdict(lora or LoraSettings())))
+    tuner, adapters = (None, None) if lora is None or is_adapter else add_adapters(model, lora, settings.seed)
     begin(output, record)
     report = run(model, stage, data, collator, output, settings, teach, held_out, adapters, device)
-    save_rounded(model if tuner is None else merge_adapters(tuner), processor, output / "model")
+    if is_adapter:
+        adapter.save(model, output / "adapter")
+    else:
+        save_rounded(model if tuner is None else merge_adapters(tuner), processor, output / "model")
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(output / "preset.json", preset, indent=1)
         write_json(output / "report.json", report, indent=1)
@@ -119,6 +128,8 @@ def _stage(preset: dict[str, Any], name: str) -> Stage:
         raise ValueError(f"preset {preset.get('name')!r} has no stage {name!r}; it has: {', '.join(known)}")
     trains = preset["stages"][name].get("trains")
     stage = STAGES[name]
+    if trains == ADAPTER:
+        trains = (ADAPTER, COMPRESSOR)
     return stage if trains is None else Stage(name, tuple(trains), stage.starts_from, stage.compresses)
 
 

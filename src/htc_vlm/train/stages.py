@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from htc_vlm.model.adapter import is_adapter_weight
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -25,6 +27,7 @@ class Stage:
 PROJECTOR = "model.multi_modal_projector."
 LLM = ("model.language_model.", "lm_head.")
 COMPRESSOR = "model.compressor."
+ADAPTER = "adapter"  # in `trains`: the LoRA of model/adapter.py; with it the base stays as it is
 STAGES = {
     "align": Stage("align", (PROJECTOR,), None),
     "instruct": Stage("instruct", (PROJECTOR, *LLM), "align"),
@@ -45,6 +48,7 @@ def freeze(
         learns = name.startswith(trains) and not name.startswith(ALWAYS_FROZEN)
         if adapters is not None and name.startswith(LLM):
             learns = learns and name in adapters
+        learns |= ADAPTER in trains and is_adapter_weight(name)
         parameter.requires_grad_(learns)
         row = rows.setdefault(_group(name), [0, 0])
         row[0 if learns else 1] += parameter.numel()
