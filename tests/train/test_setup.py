@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from htc_vlm.data.collate import Collator, Sample
 from htc_vlm.data.conversations import ConversationError, Turn, encode_questions
 from htc_vlm.data.prompts import STYLES
+from htc_vlm.model.adapter import weights
+from htc_vlm.model.loading import load, without_compression
 from htc_vlm.tiny import pictograms
 from htc_vlm.train import presets, setup
 
@@ -57,6 +59,23 @@ def test_conversations_train_with_turns_two_images_and_text_alone(compressor: di
     after = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     name = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(before[name], after[name])
+
+
+def test_an_adapter_trains_on_a_base_that_stays_as_it_is(tmp_path: Path) -> None:
+    """`trains: adapter` that writes a whole model, moves the base, or cannot be loaded on it again."""
+    preset = conversations(tmp_path / "data", GOOD)
+    block = {"compressor": {"name": "readers", "n_readers": 2}, "trains": "adapter", "lora": {"rank": 2}, "learning_rate": 0.1}
+    preset["stages"]["compress"] |= block
+    base = tiny.checkpoint(tiny.NONE)
+    setup.train_stage(preset, "compress", tmp_path / "run", start=str(base))
+    assert not (tmp_path / "run" / "model").exists()
+    model, _ = load(base, adapter=tmp_path / "run" / "adapter")
+    before, after = load_file(base / "model.safetensors"), without_compression(model).state_dict()
+    for name in ("model.multi_modal_projector.linear_1.weight", "model.language_model.layers.0.mlp.up_proj.weight"):
+        now = after[name if name in after else name.replace(".weight", ".base_layer.weight")]
+        assert now.equal(before[name].to(now.dtype)), name
+    learned = [weight for name, weight in weights(model).items() if ".lora_B." in name]
+    assert learned and all(weight.any() for weight in learned[:1])
 
 
 def test_every_answer_and_nothing_else_is_supervised(tmp_path: Path) -> None:

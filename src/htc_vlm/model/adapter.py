@@ -60,8 +60,8 @@ def add(model: Any, settings: LoraSettings | None = None) -> None:
     compressor = model.model.compressor
     if not compressor.reads_apart:
         raise ValueError(
-            f"an adapter acts while an image is read, and {compressor.name!r} is trained in one pass with the text; use readers "
-            "(n_readers: 1, n_looks: 1 is VoCo-LLaMA's bottleneck)"
+            f"an adapter acts while an image is read, and {compressor.name!r} is trained in one pass with the text; use "
+            "readers (n_readers: 1, n_looks: 1 is VoCo-LLaMA's bottleneck)"
         )
     model.adapter = {"lora": asdict(settings), "base": weights_digest(model.model.language_model)}
     config = LoraConfig(
