@@ -14,8 +14,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ COMMANDS = {
     "data": "build or verify a data set, offline",
     "train": "train a stage of a preset; start again to resume",
     "eval": "answer a task's questions and write a result file",
+    "compare": "compare two results on the same questions, with intervals",
     "convert": "turn LLaVA and MGVQ checkpoints into an HTC-VLM checkpoint",
     "heatmap": "draw what the bottleneck token looked at",
     "token-map": "draw which patch went into which token",
@@ -38,7 +41,11 @@ MOVED = {
     "provenance": "it is called `htc-vlm token-map` now",
 }
 
+# Exit codes of all commands: 0 done; 1 partly done (some pictures or tasks were refused and named on stderr, or the
+# reader of the output went away); 2 refused, nothing was done; 70 a bug, with its traceback; 130 interrupted.
+EXIT_PARTLY = 1
 EXIT_REFUSED = 2
+EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 is_running = False  # tells the package that a command imports it, which then leaves torch for later
 
@@ -64,12 +71,14 @@ def usage(commands: dict[str, str]) -> str:
       data  build a data set
     <BLANKLINE>
     htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version.
+    Exit codes: 0 done, 1 partly done, 2 refused.
     """
     width = max(map(len, commands), default=0)
     rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in commands.items())
     return (
         f"usage: htc-vlm COMMAND [ARGUMENTS]\n\n{rows}\n\n"
-        "htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version."
+        "htc-vlm COMMAND --help tells the arguments of one command; htc-vlm --version the version.\n"
+        "Exit codes: 0 done, 1 partly done, 2 refused."
     )
 
 
@@ -97,8 +106,20 @@ def unknown(name: str, commands: dict[str, str]) -> str:
     return f"htc-vlm: no command {name!r};{hint} Commands: {', '.join(commands)}"
 
 
+def script() -> int:
+    """The console script: `main` under any locale; a bug shows its traceback and exits with 70, not with "partly done"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an ASCII locale: a question or an answer may hold any letter
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        return EXIT_BUG
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 2 refused, 130 interrupted."""
+    """Run one command; return its exit code: 0 done, 1 partly done, 2 refused, 130 interrupted."""
     global is_running
     is_running = True
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -139,7 +160,7 @@ def run_module(path: str, name: str, argv: list[str]) -> int:
     except BrokenPipeError:
         # `htc-vlm ... | head`: the reader has gone. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EXIT_PARTLY
     except (ValueError, OSError, ImportError) as error:
         if debug or (isinstance(error, ImportError) and error.name is not None):
             raise

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
-from htc_vlm.eval.task import Item, percent
+from htc_vlm.eval.task import Item, Mark, percent
 
 
 @dataclass
@@ -50,6 +50,9 @@ class Colours:
             Item(f"q{i}", image, lambda: Image.new("RGB", (2, 2)), f"question {i} ?", (["even", "odd"][i % 2], "yes"))
             for i, image in enumerate(images)
         ]
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return [Mark(item.id, item.image, plain_match(answers[item.id], item.reference[1])) for item in items]
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         rows = [(item.reference[0], plain_match(answers[item.id], item.reference[1])) for item in items]

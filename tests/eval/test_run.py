@@ -192,7 +192,7 @@ def test_sigkill_in_the_middle_loses_nothing_that_was_answered(tmp_path: Path) -
         return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
 
     first = start(0.4)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     answers = _file(tmp_path / "out")
     while time.monotonic() < deadline and not (answers.exists() and b"\n" in answers.read_bytes()):
         time.sleep(0.02)
@@ -205,3 +205,43 @@ def test_sigkill_in_the_middle_loses_nothing_that_was_answered(tmp_path: Path) -
     assert len(_file(tmp_path / "out").read_text().splitlines()) == 6
     assert len(asked) in (6, 7)  # 7: the question in flight when the kill came was never answered
     assert set(asked) == {f"question {i} ?" for i in range(6)}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(colours: Colours, tmp_path: Path) -> None:
+    """Two processes would append to one answers file, each asking all; the lock goes with its process."""
+
+    class Second(FakeAnswerer):
+        def answer(self, *asked: Any) -> list[str]:  # type: ignore[override]
+            with pytest.raises(AnswersError, match="another evaluation is writing there"):
+                run_task(FakeAnswerer(), colours, tmp_path)
+            return super().answer(*asked)
+
+    assert run_task(Second(), colours, tmp_path)["n_questions"] == 6
+    assert run_task(FakeAnswerer(), colours, tmp_path)["n_questions"] == 6  # the lock is free again
+
+
+def test_fewer_questions_do_not_replace_the_result_of_more(colours: Colours, tmp_path: Path) -> None:
+    """`--limit 2` over a finished run would leave a score over two questions where that of six was."""
+    run_task(FakeAnswerer({"question 0 ?": "no"}), colours, tmp_path)
+    path = tmp_path / "colours-test" / "result.json"
+    before = path.read_bytes()
+    with pytest.raises(AnswersError, match="result of 6 questions; one of 2 would replace it"):
+        run_task(FakeAnswerer(), colours, tmp_path, limit=2)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="limit is 0"):
+        run_task(FakeAnswerer(), colours, tmp_path, limit=0)
+
+
+def test_torchrun_is_refused_by_name(colours: Colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would ask every question."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun started 2; start it without torchrun"):
+        run_task(FakeAnswerer(), colours, tmp_path)
+
+
+def test_a_run_leaves_each_question_its_mark(colours: Colours, tmp_path: Path) -> None:
+    """`htc-vlm compare` resamples them: six marks, question 0 wrong, with their pictures."""
+    run_task(FakeAnswerer({"question 0 ?": "no"}), colours, tmp_path)
+    marks = [json.loads(line) for line in (tmp_path / "colours-test" / "marks.jsonl").read_text().splitlines()]
+    assert [(mark["id"], mark["image"]) for mark in marks[:2]] == [("q0", "p0"), ("q1", "p1")]
+    assert [mark["score"] for mark in marks] == [0, 1, 1, 1, 1, 1]

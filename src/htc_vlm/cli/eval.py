@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.eval.run import run_task
-from htc_vlm.eval.task import Task, find_tasks, make_task
+from htc_vlm.eval.run import check_pictures, check_single_process, load_items, run_task, task_folder
+from htc_vlm.eval.task import Item, Task, find_tasks, make_task
 from htc_vlm.settings import budget, from_pairs
 
 
@@ -82,13 +83,31 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     return [make_task(name, options.get(name)) for name in names]
 
 
+def _loaded(tasks: list[Task], args: argparse.Namespace, root: Path) -> tuple[dict[str, list[Item]], dict[str, str]]:
+    """Each task's questions, and why others are refused: files and pictures are looked for before a model is loaded."""
+    items, refused = {}, {}
+    for task in tasks:
+        try:
+            found = load_items(task, root, args.split)
+            if not (task_folder(task, args.output, args.split) / "answers.jsonl").exists():
+                check_pictures(found[: args.limit])
+            items[task.name] = found
+        except (ValueError, OSError) as error:
+            refused[task.name] = str(error)
+    return items, refused
+
+
 def run(argv: list[str]) -> int:
     """Answer benchmark questions and score them; start again to go on where a run was cut off."""
     args = _parser().parse_args(argv)
     if args.data is not None:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
+    check_single_process()
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
+    items, refused = _loaded(tasks, args, root)
+    if not items:
+        raise ValueError("; ".join(refused.values()) or "--task names no task")
 
     from htc_vlm import apply, load
     from htc_vlm.model.answering import Answerer
@@ -99,11 +118,26 @@ def run(argv: list[str]) -> int:
     model.to(args.device).eval()
     with nullcontext() if method is None else apply(model, **method) as applied:
         answerer = Answerer(model, processor, keep_pixels=applied is not None and applied.method.acts_in_tower)
-        for task in tasks:
-            result = run_task(
-                answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split,
-                seed=args.seed, device=args.device, config=config if method is None else {**config, "method": method},
-            )  # fmt: skip
-            shown = {key: result[key] for key in ("task", "split", "n_questions")}
-            print(json.dumps(shown | {"metrics": {name: round(value, 2) for name, value in result["metrics"].items()}}))
-    return 0
+        for task in (task for task in tasks if task.name in items):
+            try:
+                result = run_task(
+                    answerer, task, args.output, args.limit, args.batch_size, root=root, split=args.split, seed=args.seed,
+                    device=args.device, config=config if method is None else {**config, "method": method},
+                    items=items.pop(task.name),
+                )  # fmt: skip
+                print(json.dumps(_shown(result)))
+            except (ValueError, OSError) as error:
+                refused[task.name] = str(error)
+    if len(refused) == len(tasks):
+        raise ValueError("; ".join(refused.values()))
+    for name, why in refused.items():
+        print(f"htc-vlm eval: {name}: {' '.join(why.split())}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    """What is printed of a result: its metrics, and beside its score what answering blind scores."""
+    shown = {key: result[key] for key in ("task", "split", "n_questions")}
+    shown["metrics"] = {name: round(value, 2) for name, value in result["metrics"].items()}
+    shown["blind"] = {name: round(metrics["score"], 2) for name, metrics in result["baselines"].items()}
+    return shown

@@ -56,7 +56,7 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXEL
 
 def load_for_model(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """`load_image`; ImageError also for a thin picture that, padded to a square as LLaVA does, would fill the memory."""
-    picture = load_image(path)
+    picture = load_image(path, max_pixels)
     side = max(picture.size)
     if side * side > max_pixels:
         raise ImageError(

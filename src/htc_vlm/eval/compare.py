@@ -7,10 +7,17 @@ Differs: pictures are resampled, not questions: the questions of one picture ris
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from htc_vlm.eval.task import Mark
+
+MARKS = "marks.jsonl"
 
 
 @dataclass(frozen=True)
@@ -64,3 +71,97 @@ def paired_bootstrap(
         n_questions=len(first),
         n_images=len(names),
     )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean in percent with its bootstrap interval over pictures."""
+
+    percent: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two results on the same questions: each share of marks, their difference, and the scores that tables print.
+
+    The difference is of marks (questions right, soft accuracies; MMBench: whole circles). POPE's F1 and MME's sum are
+    no means of marks: they stand beside, as `score`, without an interval.
+    """
+
+    task: str
+    first: Interval
+    second: Interval
+    difference: Difference
+    first_score: float
+    second_score: float
+
+
+def write_marks(path: Path, marks: Sequence[Mark]) -> None:
+    """One line per question."""
+    path.write_text("".join(json.dumps(asdict(mark)) + "\n" for mark in marks), encoding="utf-8")
+
+
+def read_marks(path: Path) -> list[Mark]:
+    """The marks of a result; FileNotFoundError says how to make them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run the same `htc-vlm eval` again: it asks nothing twice and writes it")
+    return [Mark(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def result_folders(path: Path) -> dict[str, Path]:
+    """{"gqa-testdev_balanced": folder, ...} of an evaluation's output, or of one task's folder or result.json in it."""
+    path = path.parent if path.name == "result.json" else path
+    if (path / "result.json").is_file():
+        return {path.name: path}
+    found = {folder.parent.name: folder.parent for folder in sorted(path.glob("*/result.json"))}
+    if not found:
+        raise FileNotFoundError(f"{path}: holds no result.json; give an --output of `htc-vlm eval`, or one task's folder in it")
+    return found
+
+
+def compare_results(first: Path, second: Path, *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Comparison:
+    """Compare two folders with result.json and marks.jsonl; ValueError unless they hold the same questions, asked alike."""
+    results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in (first, second)]
+    for what in ("task", "split", "protocol"):
+        values = [result["config"][what] for result in results]
+        if values[0] != values[1]:
+            raise ValueError(f"{first} and {second} differ in {what}: {values[0]!r}, {values[1]!r}")
+    marks = [{mark.id: mark for mark in read_marks(folder / MARKS)} for folder in (first, second)]
+    n_single = len(set(marks[0]) ^ set(marks[1]))
+    if n_single:
+        raise ValueError(
+            f"{first} answers {len(marks[0])} questions, {second} {len(marks[1])}, and {n_single} are in one of them only; "
+            "evaluate both with the same --limit"
+        )
+    images = [mark.image for mark in marks[0].values()]
+    scores = [[by_id[question].score for question in marks[0]] for by_id in marks]
+    options: dict[str, Any] = {"n_resamples": n_resamples, "level": level, "seed": seed}
+    alone = [paired_bootstrap(score, [0.0] * len(score), images, **options) for score in scores]
+    intervals = [Interval(one.points, one.low, one.high) for one in alone]
+    return Comparison(
+        first.name,
+        *intervals,
+        paired_bootstrap(*scores, images, **options),
+        *(result["metrics"]["score"] for result in results),
+    )
+
+
+def compare_outputs(
+    first: Path, second: Path, *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Iterator[tuple[str, Comparison | str]]:
+    """(task, comparison, or why there is none) of each task in either of two outputs. Two single folders may be of any name."""
+    found = [result_folders(path) for path in (first, second)]
+    if [len(folders) for folders in found] == [1, 1]:
+        found[1] = dict(zip(found[0], found[1].values(), strict=True))
+    for task in sorted(set(found[0]) | set(found[1])):
+        single = [path for path, folders in zip((first, second), found, strict=True) if task not in folders]
+        if single:
+            yield task, f"{single[0]} has no result of it"
+            continue
+        folders = found[0][task], found[1][task]
+        try:
+            yield task, compare_results(*folders, n_resamples=n_resamples, level=level, seed=seed)
+        except (ValueError, OSError) as error:
+            yield task, str(error)

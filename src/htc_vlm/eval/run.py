@@ -3,22 +3,27 @@
 Source:  nothing; the demands are ours.
 Differs: questions of one picture are asked together, so that a picture is loaded and compressed once.
 
-Layout of an output folder: <output>/<task>-<split>/{settings.json, answers.jsonl, result.json[, export.json]}.
+Layout of an output folder: <output>/<task>-<split>/{settings.json, answers.jsonl, marks.jsonl, result.json[, export.json]}.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from htc_vlm.data.images import ImageError
 from htc_vlm.eval.answers import (
     Answer,
     AnswersError,
@@ -28,8 +33,10 @@ from htc_vlm.eval.answers import (
     repair_tail,
     require_all,
 )
+from htc_vlm.eval.blind import blind_baselines
+from htc_vlm.eval.compare import MARKS, write_marks
 from htc_vlm.eval.run_info import provenance
-from htc_vlm.eval.task import Exports, HasBaselines, Item, Task, check_split, make_task
+from htc_vlm.eval.task import Exports, HasBaselines, HasLayout, HasMarks, Item, PictureFile, Task, check_split, make_task
 from htc_vlm.files import write_json
 
 
@@ -81,7 +88,7 @@ def batches(items: Sequence[Item], batch_size: int) -> Iterator[list[list[Item]]
 
 def ask_batch(answerer: Answerer, batch: Sequence[Sequence[Item]], max_new_tokens: int) -> list[Answer]:
     """Ask one batch; ValueError when the answerer returns another number of answers than questions."""
-    asks = [Ask(group[0].image, group[0].load, [item.prompt for item in group]) for group in batch]
+    asks = [Ask(group[0].image, partial(_load, group[0]), [item.prompt for item in group]) for group in batch]
     started = time.perf_counter()
     if isinstance(answerer, BatchAnswerer):
         texts = answerer.answer_batch(asks, max_new_tokens)
@@ -101,6 +108,48 @@ def ask_batch(answerer: Answerer, batch: Sequence[Sequence[Item]], max_new_token
     ]
 
 
+def _load(item: Item) -> Image.Image:
+    """The item's picture; an ImageError also names the question."""
+    try:
+        return item.load()
+    except ImageError as error:
+        raise ImageError(f"{error} (question {item.id})") from error
+
+
+def check_single_process() -> None:
+    """ValueError under torchrun: every process would ask every question."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ValueError(
+            f"an evaluation runs in one process, and torchrun started {world}; start it without torchrun, for several GPUs "
+            "one process each with its own --task (or --split) and --device"
+        )
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """FileNotFoundError that counts the picture files that are not there, before anything is asked."""
+    files = dict.fromkeys(item.load.path for item in items if isinstance(item.load, PictureFile))
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{len(missing)} of {len(files)} pictures are missing: {shown}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one run at a time in a folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise AnswersError(f"{folder}: another evaluation is writing there; wait for it, or choose another --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def run_task(
     answerer: Answerer,
     task: Task | str,
@@ -113,27 +162,36 @@ def run_task(
     seed: int | None = None,
     device: str | None = None,
     config: Mapping[str, Any] | None = None,
+    items: list[Item] | None = None,
 ) -> dict[str, Any]:
     """Ask `task`'s questions, score them, write result.json and return it.
 
     `limit` takes the first N questions of the fixed order; `root` is the folder of the official files; `config` is
-    what identifies the model (a restart under another config is refused). Raises AnswersError when the answers file
-    does not fit.
+    what identifies the model (a restart under another config is refused); `items` what `load_items` gave, if it was
+    called before. Raises AnswersError when the answers file does not fit, when another process writes there, and when
+    the folder holds the result of more questions.
     """
-    task, split, items, folder = _open_task(task, output, root, split)
+    check_single_process()
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; give at least 1, or leave it out for all questions")
+    task, split, items, folder = _open_task(task, output, root, split, items)
     settings = {"task": task.name, "split": split, "protocol": asdict(task), "model": dict(config or {})}  # type: ignore[call-overload]
-    folder.mkdir(parents=True, exist_ok=True)
-    _same_settings(folder / "settings.json", settings)
     chosen = items if limit is None else items[:limit]
-    answers = _ask_open(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
-    result = _scored(task, chosen, answers, folder) | {
-        "split": split,
-        "limit": limit,
-        "config": settings,
-        "seed": seed,
-        "device": device,
-    }
-    write_json(folder / "result.json", result | provenance())
+    with _locked(folder):
+        _same_settings(folder / "settings.json", settings)
+        _no_smaller_result(folder / "result.json", len(chosen))
+        answers = _ask_open(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
+        result = _scored(task, chosen, answers, folder) | {
+            "split": split,
+            "limit": limit,
+            "config": settings,
+            "seed": seed,
+            "device": device,
+        }
+        if isinstance(task, HasMarks):
+            texts = {item.id: answers[item.id].answer for item in chosen}
+            write_marks(folder / MARKS, task.marks(chosen, texts))
+        write_json(folder / "result.json", result | provenance())
     return result | provenance()
 
 
@@ -146,13 +204,29 @@ def rescore(
     return _scored(task, items if limit is None else items[:limit], answers, folder)
 
 
-def _open_task(
-    task: Task | str, output: str | Path, root: str | Path, split: str | None
-) -> tuple[Task, str, list[Item], Path]:
-    task = make_task(task) if isinstance(task, str) else task
+def load_items(task: Task, root: str | Path, split: str | None = None) -> list[Item]:
+    """The questions of a task's split (None: its first). FileNotFoundError shows the files that the task reads."""
     split = task.splits[0] if split is None else split
     check_split(task, split)
-    return task, split, checked(task.load(Path(root), split), task.name), Path(output) / f"{task.name}-{split}"
+    try:
+        items = task.load(Path(root), split)
+    except FileNotFoundError as error:
+        expected = f". Task {task.name} reads, below {root}: {task.layout}" if isinstance(task, HasLayout) else ""
+        raise FileNotFoundError(f"{error}{expected}") from error
+    return checked(items, task.name)
+
+
+def task_folder(task: Task, output: str | Path, split: str | None) -> Path:
+    """Where a task's answers and result go."""
+    return Path(output) / f"{task.name}-{task.splits[0] if split is None else split}"
+
+
+def _open_task(
+    task: Task | str, output: str | Path, root: str | Path, split: str | None, items: list[Item] | None = None
+) -> tuple[Task, str, list[Item], Path]:
+    task = make_task(task) if isinstance(task, str) else task
+    items = load_items(task, root, split) if items is None else items
+    return task, task.splits[0] if split is None else split, items, task_folder(task, output, split)
 
 
 def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
@@ -163,7 +237,7 @@ def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], f
     return {
         "task": task.name,
         "metrics": task.score(chosen, texts),
-        "baselines": task.baselines(chosen) if isinstance(task, HasBaselines) else {},
+        "baselines": task.baselines(chosen) if isinstance(task, HasBaselines) else blind_baselines(task, chosen),
         "n_questions": len(chosen),
         "n_images": len({item.image for item in chosen}),
         "answers_sha256": answers_sha256(texts),
@@ -179,6 +253,7 @@ def _ask_open(
         repair_tail(path)
     answers = read_answers(path, items)
     open_items = [item for item in chosen if item.id not in answers]
+    check_pictures(open_items)
     n_done = len(chosen) - len(open_items)
     with tqdm(total=len(chosen), initial=n_done, desc=path.parent.name, unit="question") as bar:
         for batch in batches(open_items, batch_size):
@@ -208,3 +283,15 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if different:
         told = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in different)
         raise AnswersError(f"{path.parent} holds answers made under other settings: {told}. Choose another --output")
+
+
+def _no_smaller_result(path: Path, n_questions: int) -> None:
+    """Refuse to replace the result of more questions than are asked for now."""
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["n_questions"]
+    if before > n_questions:
+        raise AnswersError(
+            f"{path} is the result of {before} questions; one of {n_questions} would replace it. Leave out --limit, or choose "
+            "another --output"
+        )

@@ -7,15 +7,18 @@ Differs: a task never sees the model, and the runner never sees an official file
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Protocol, runtime_checkable
 
 from PIL import Image
 
+from htc_vlm.data.images import ImageError
 from htc_vlm.registry import Registry
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -31,6 +34,15 @@ class Item:
     load: Callable[[], Image.Image]
     prompt: str
     reference: Any
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One question's share of a score, 0 to 1, and its picture: what `htc-vlm compare` resamples."""
+
+    id: str
+    image: str
+    score: float
 
 
 class Task(Protocol):
@@ -70,6 +82,20 @@ class HasBaselines(Protocol):
     def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]: ...
 
 
+@runtime_checkable
+class HasMarks(Protocol):
+    """A task whose questions have marks of their own: the share of each that is right."""
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]: ...
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A task that says which files it reads, for the message when they are missing."""
+
+    layout: ClassVar[str]
+
+
 def find_tasks() -> Registry[Task]:
     """Import every file of eval/tasks/ (one file = one benchmark) and return the filled registry."""
     package = import_module("htc_vlm.eval.tasks")
@@ -91,21 +117,83 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 # ----------------------------------------------------------------------------- what the official readers share
 
 
-def picture_at(path: Path) -> Callable[[], Image.Image]:
-    """A loader for one picture file, opened as RGB when called."""
+@dataclass(frozen=True)
+class PictureFile:
+    """Loads one picture file as RGB when called, as LLaVA's evaluation does; ImageError names a damaged file."""
 
-    def load() -> Image.Image:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+    path: Path
 
-    return load
+    def __call__(self) -> Image.Image:
+        return picture_from(self.path, str(self.path))
+
+
+def picture_at(path: Path) -> PictureFile:
+    """A loader for one picture file; `eval/run.py::check_pictures` looks for the file before the run."""
+    return PictureFile(path)
+
+
+def picture_from(source: Path | IO[bytes], name: str) -> Image.Image:
+    """A picture as RGB (PIL's `convert`, as in the official code); ImageError says what is wrong with `name`."""
+    if isinstance(source, Path) and not source.is_file():
+        raise ImageError(f"{name}: no such file; check the path")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with Image.open(source) as picture:
+                rgb = picture.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, EOFError and more on damaged files
+        raise ImageError(
+            f"{name}: is damaged, truncated or no picture ({type(error).__name__}: {error}); download it again"
+        ) from error
+    for warning in told:
+        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
+    return rgb
+
+
+def read_text(path: Path) -> str:
+    """The text of an official file, without a byte-order mark. FileNotFoundError and ValueError name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"official file missing: {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error}); download it again") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that are not empty. Only newlines end a line: U+2028 may stand in a question."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON of an official file; FileNotFoundError says which file is missing."""
-    if not path.is_file():
-        raise FileNotFoundError(f"official file missing: {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON of an official file; FileNotFoundError says which file is missing, ValueError which is damaged."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: is not JSON ({error.msg}); download it again") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """One JSON value per line; ValueError names file and line."""
+    rows = []
+    for number, line in read_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: is not JSON ({error.msg}): {line[:60]!r}; download it again") from error
+    return rows
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """The answer that most people gave, "" of none.
+
+    >>> commonest(["red", "blue", "red"])
+    'red'
+    """
+    return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
 def percent(shares: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from math import fsum
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
-from htc_vlm.eval.task import Item, percent
+from htc_vlm.eval.task import Item, Mark, percent
 from htc_vlm.tiny.pictograms import majority_baseline, question_only_baseline
 from htc_vlm.tiny.questions import Question
 
@@ -24,6 +24,11 @@ def own_items(module: str, split: str) -> list[Item]:
         Item(question.id, question.image, partial(dataset.picture, question.image), question.text, question)
         for question in dataset.questions(split)
     ]
+
+
+def own_marks(items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+    """1 for each exact match."""
+    return [Mark(item.id, item.image, plain_match(answers[item.id], item.reference.answer)) for item in items]
 
 
 def score_by_kind(items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:

@@ -45,7 +45,8 @@ def _official(split: str) -> tuple[tuple[str, str, int], ...]:
     """(question, answer, image number) of an official split, in its order."""
     file = folder() / split / "questions.json"
     try:
-        return tuple((words(text), words(answer), int(image)) for text, answer, image in json.loads(file.read_text()))
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return tuple((words(text), words(answer), int(image)) for text, answer, image in rows)
     except (json.JSONDecodeError, ValueError) as error:
         raise ValueError(f"{file}: not the official list of [question, answer, image number] ({error})") from error
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.task import TASKS, Item
-from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, score_by_kind, training_questions
+from htc_vlm.eval.task import TASKS, Item, Mark
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, own_marks, score_by_kind, training_questions
 
 
 @TASKS.register("fashion-mnist")
@@ -25,6 +25,9 @@ class FashionMnist:
     def load(self, root: Path, split: str) -> list[Item]:
         """`root` is not used: htc_vlm.tiny.fashion_mnist finds the files, or HTC_VLM_DATA (which --data sets)."""
         return own_items("fashion_mnist", split)
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return own_marks(items, answers)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         return score_by_kind(items, answers)

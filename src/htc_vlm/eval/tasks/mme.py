@@ -8,19 +8,22 @@ Differs: nothing known in the score. A subtask that is not there is an error.
 Two layouts are official: <subtask>/<x>.txt beside its picture, or <subtask>/questions_answers_YN/<x>.txt with
 <subtask>/images/<x>.*. Each text holds two lines, question TAB Yes|No.
 
-Files:   mme/MME_Benchmark_release_version/<subtask>/...
+Files:   mme/MME_Benchmark_release_version/<subtask>/...; or, below mme/, the parquet files of lmms-lab/MME: data/test-*.parquet
 Prompt:  <question>\\nAnswer the question using a single word or phrase.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from htc_vlm.eval.score import MME_COGNITION, MME_PERCEPTION, mme_scores
-from htc_vlm.eval.task import SHORT, TASKS, Item, check_choice, picture_at
+from htc_vlm.eval.blind import Facts
+from htc_vlm.eval.hub_files import hub_files, hub_rows
+from htc_vlm.eval.score import MME_COGNITION, MME_PERCEPTION, mme_reads, mme_scores
+from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, check_choice, picture_at, read_lines
 
 _PICTURES = (".jpg", ".png", ".jpeg")
 _OFFICIAL_END = "Please answer yes or no."
@@ -40,7 +43,7 @@ def _texts_and_pictures(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _questions(text: Path) -> list[tuple[str, str]]:
-    lines = [line.split("\t") for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split("\t") for _, line in read_lines(text)]
     if len(lines) != 2 or any(len(fields) != 2 for fields in lines):
         raise ValueError(f"MME: {text} should hold two lines 'question TAB answer', holds {lines}")
     return [(question.strip(), answer.strip()) for question, answer in lines]
@@ -52,6 +55,10 @@ class Mme:
     name: ClassVar[str] = "mme"
     splits: ClassVar[tuple[str, ...]] = ("release",)
     max_new_tokens: ClassVar[int] = 128
+    layout: ClassVar[str] = (
+        "mme/MME_Benchmark_release_version/<subtask>/*.txt beside their pictures, or, below mme/, lmms-lab/MME's "
+        "data/test-*.parquet"
+    )
     headline: str = "perception"
 
     def __post_init__(self) -> None:
@@ -59,6 +66,9 @@ class Mme:
 
     def load(self, root: Path, split: str) -> list[Item]:
         folder = root / "mme" / "MME_Benchmark_release_version"
+        files = hub_files(root / "mme", "test")
+        if files and not folder.is_dir():
+            return self._from_hub(files)
         return [
             Item(f"{image}/{number}", image, picture_at(picture), question.replace(_OFFICIAL_END, "").strip() + SHORT,
                  {"subtask": subtask, "image": image, "answer": answer})
@@ -67,6 +77,33 @@ class Mme:
             for image in [f"{subtask}/{picture.name}"]
             for number, (question, answer) in enumerate(_questions(text))
         ]  # fmt: skip
+
+    @staticmethod
+    def _from_hub(files: Sequence[Path]) -> list[Item]:
+        """In the order of the official folders; a picture's first row is its question 0."""
+        subtasks = MME_PERCEPTION + MME_COGNITION
+        rows = list(hub_rows(files, ["question_id", "question", "answer", "category"]))
+        unknown = sorted({row["category"] for row, _ in rows} ^ set(subtasks))
+        if unknown:
+            raise FileNotFoundError(f"MME subtask missing or unknown in {files[0].parent}: {', '.join(unknown)}")
+        rows.sort(key=lambda pair: (subtasks.index(pair[0]["category"]), pair[0]["question_id"]))
+        seen: Counter[str] = Counter()
+        items = []
+        for row, picture in rows:
+            image = f"{row['category']}/{row['question_id'].split('/')[-1]}"
+            prompt = row["question"].replace(_OFFICIAL_END, "").strip() + SHORT
+            reference = {"subtask": row["category"], "image": image, "answer": row["answer"]}
+            items.append(Item(f"{image}/{seen[image]}", image, picture, prompt, reference))
+            seen[image] += 1
+        return items
+
+    def facts(self, item: Item) -> Facts:
+        return Facts(item.prompt, item.reference["answer"].strip().lower())
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return [
+            Mark(item.id, item.image, mme_reads(answers[item.id]) == item.reference["answer"].strip().lower()) for item in items
+        ]
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         rows: list[dict[str, Any]] = [item.reference | {"prediction": answers[item.id]} for item in items]

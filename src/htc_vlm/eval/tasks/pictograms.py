@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.task import TASKS, Item
-from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, score_by_kind, weighted
+from htc_vlm.eval.task import TASKS, Item, Mark
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, own_marks, score_by_kind, weighted
 from htc_vlm.tiny import pictograms
 
 N_TRAIN_SCENES = 2000  # what the blind baselines learn from, twelve questions each
@@ -29,6 +29,9 @@ class Pictograms:
     def load(self, root: Path, split: str) -> list[Item]:
         """`root` is not used: the atlas ships with this package."""
         return own_items("pictograms", split)
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return own_marks(items, answers)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         return score_by_kind(items, answers)

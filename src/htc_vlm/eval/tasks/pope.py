@@ -8,28 +8,24 @@ Differs: answers are joined to labels by question id, not by line order (POPE#17
 `headline`: the mean F1 over the three settings is what LLaVA reports (85.9, the uncompressed row of the paper's
 Table 2) and the default; "accuracy" is the mean accuracy. Both are always shown, for each setting too.
 
-Files:   pope/coco/coco_pope_{random,popular,adversarial}.json (JSON lines), pope/val2014/*.jpg
+Files:   pope/coco/coco_pope_{random,popular,adversarial}.json (JSON lines), pope/val2014/*.jpg; or, below pope/, the parquet
+         files of lmms-lab/POPE: data/test-*.parquet, or Full/{random,popular,adversarial}-*.parquet
 Prompt:  <question>\\nAnswer the question using a single word or phrase.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from htc_vlm.eval.score import pope_metrics
-from htc_vlm.eval.task import SHORT, TASKS, Item, check_choice, percent, picture_at
+from htc_vlm.eval.blind import Facts
+from htc_vlm.eval.hub_files import hub_files, hub_rows, reads_hub
+from htc_vlm.eval.score import pope_metrics, pope_reads
+from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, check_choice, percent, picture_at, read_json_lines
 
 SETTINGS = ("random", "popular", "adversarial")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"official file missing: {path}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 @TASKS.register("pope")
@@ -38,19 +34,45 @@ class Pope:
     name: ClassVar[str] = "pope"
     splits: ClassVar[tuple[str, ...]] = ("all", *SETTINGS)
     max_new_tokens: ClassVar[int] = 128
+    layout: ClassVar[str] = (
+        "pope/coco/coco_pope_{random,popular,adversarial}.json and pope/val2014/*.jpg, or, below pope/, lmms-lab/POPE's "
+        "data/test-*.parquet or Full/{random,popular,adversarial}-*.parquet"
+    )
     headline: str = "f1"
 
     def __post_init__(self) -> None:
         check_choice("pope.headline", self.headline, ("f1", "accuracy"))
 
     def load(self, root: Path, split: str) -> list[Item]:
+        wanted = SETTINGS if split == "all" else (split,)
+        files = hub_files(root / "pope", "test") or [f for setting in wanted for f in hub_files(root / "pope", setting)]
+        if reads_hub(root / "pope" / "coco" / f"coco_pope_{wanted[0]}.json", files):
+            return self._from_hub(files, wanted)
         return [
             Item(f"{setting}/{entry['question_id']}", entry["image"],
                  picture_at(root / "pope" / "val2014" / entry["image"]), entry["text"] + SHORT,
                  (setting, entry["label"]))
-            for setting in (SETTINGS if split == "all" else (split,))
-            for entry in _lines(root / "pope" / "coco" / f"coco_pope_{setting}.json")
+            for setting in wanted
+            for entry in read_json_lines(root / "pope" / "coco" / f"coco_pope_{setting}.json")
         ]  # fmt: skip
+
+    @staticmethod
+    def _from_hub(files: Sequence[Path], wanted: Sequence[str]) -> list[Item]:
+        rows = list(hub_rows(files, ["question_id", "question", "answer", "image_source", "category"]))
+        missing = [setting for setting in wanted if not any(row["category"] == setting for row, _ in rows)]
+        if missing:
+            raise FileNotFoundError(f"official file missing: {files[0].parent} holds no questions of {', '.join(missing)}")
+        return [
+            Item(f"{setting}/{row['question_id']}", f"{row['image_source'].removesuffix('.jpg')}.jpg", picture,
+                 row["question"] + SHORT, (setting, row["answer"]))
+            for setting in wanted for row, picture in rows if row["category"] == setting
+        ]  # fmt: skip
+
+    def facts(self, item: Item) -> Facts:
+        return Facts(item.prompt, item.reference[1])
+
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return [Mark(item.id, item.image, pope_reads(answers[item.id]) == item.reference[1]) for item in items]
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
         by_setting = {
