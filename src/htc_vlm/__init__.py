@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from htc_vlm.applied.apply import apply
     from htc_vlm.model import CompressedImages, HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
     from htc_vlm.model.loading import load
+    from htc_vlm.model.prefix_cache import compress, generate
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CompressedImages", "HtcVlmConfig", "HtcVlmForConditionalGeneration", "HtcVlmProcessor", "apply", "compressors", "load",
+    "CompressedImages", "HtcVlmConfig", "HtcVlmForConditionalGeneration", "HtcVlmProcessor", "apply", "compress",
+    "compressors", "generate", "load",
 ]  # fmt: skip
 
 
@@ -27,9 +29,11 @@ def _public_names() -> dict[str, Any]:
     from htc_vlm import compressors, model
     from htc_vlm.applied.apply import apply
     from htc_vlm.model.loading import load
+    from htc_vlm.model.prefix_cache import compress, generate
 
     vars(compressors)["apply"] = apply  # an alias; compressors itself imports nothing above it
-    return {"apply": apply, "compressors": compressors, "load": load} | {n: vars(model)[n] for n in __all__ if n in vars(model)}
+    own = {"apply": apply, "compress": compress, "compressors": compressors, "generate": generate, "load": load}
+    return own | {n: vars(model)[n] for n in __all__ if n in vars(model)}
 
 
 if getattr(sys.modules.get("htc_vlm_cli"), "is_running", False):

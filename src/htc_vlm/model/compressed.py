@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,17 @@ class CompressedImages:
     recipe: 64 hex digits of what made them, see recipe.py.
     n_visual: C of each image, how many visual tokens it had; sequential numbering leaves that many positions free for it.
     maps (N, P) uint8 or None: where the bottleneck looked, a byte a patch in reading order, 255 at each image's most.
+    prompt: of images cached without a bottleneck, what they were read in and by which method (prefix_cache.py); JSON. Their
+        kv begin with the prompt's text before the image, and n_visual counts the positions of all of it.
     """
 
     def __init__(
-        self, kv: Tensor | Packed, recipe: str, n_visual: int | Sequence[int], maps: Tensor | None = None
+        self,
+        kv: Tensor | Packed,
+        recipe: str,
+        n_visual: int | Sequence[int],
+        maps: Tensor | None = None,
+        prompt: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(kv, Tensor) and (kv.ndim != 6 or kv.shape[2] != 2):
             raise ValueError(f"kv must be (N images, layers, 2, kv heads, K, head_dim), got shape {tuple(kv.shape)}")
@@ -47,6 +54,7 @@ class CompressedImages:
         self.recipe = str(recipe)
         self.n_visual: tuple[int, ...] = (n_visual,) * len(self) if isinstance(n_visual, int) else tuple(map(int, n_visual))
         self.maps = maps
+        self.prompt = prompt
         if len(self.n_visual) != len(self):
             raise ValueError(f"{len(self.n_visual)} counts of visual tokens for {len(self)} images")
         if maps is not None and (maps.ndim != 2 or len(maps) != len(self) or maps.dtype != torch.uint8):
@@ -106,7 +114,7 @@ class CompressedImages:
         else:
             kv = self._kv[at]
         n_visual = [self.n_visual[i] for i in numbers]
-        return CompressedImages(kv, self.recipe, n_visual, None if self.maps is None else self.maps[at])
+        return CompressedImages(kv, self.recipe, n_visual, None if self.maps is None else self.maps[at], self.prompt)
 
     def __iter__(self) -> Iterator[CompressedImages]:
         return (self[i] for i in range(len(self)))
@@ -114,10 +122,10 @@ class CompressedImages:
     def to(self, *args: Any, **kwargs: Any) -> CompressedImages:
         """Like Tensor.to: move the images, or change the dtype of those that are not packed."""
         if not isinstance(self._kv, Packed):
-            return CompressedImages(self._kv.to(*args, **kwargs), self.recipe, self.n_visual, self.maps)
+            return CompressedImages(self._kv.to(*args, **kwargs), self.recipe, self.n_visual, self.maps, self.prompt)
         device = torch.empty(0, device=self._kv.rows.device).to(*args, **kwargs).device
         kv = Packed(self._kv.dtype, self._kv.rows.to(device), self._kv.shape, self._kv.levels)
-        return CompressedImages(kv, self.recipe, self.n_visual, self.maps)
+        return CompressedImages(kv, self.recipe, self.n_visual, self.maps, self.prompt)
 
     def as_dtype(self, dtype: str, levels: Levels | None = None) -> CompressedImages:
         """The same images stored as "int8", "int4", "int2" (with `levels`), or unpacked as "model" (float32).
@@ -125,14 +133,14 @@ class CompressedImages:
         What was rounded away does not come back: packing again, or to fewer bits, is allowed; see packing.py.
         """
         if dtype == "model":
-            return CompressedImages(self.kv, self.recipe, self.n_visual, self.maps)
+            return CompressedImages(self.kv, self.recipe, self.n_visual, self.maps, self.prompt)
         if dtype == self.dtype and levels is None:
             return self
-        return CompressedImages(pack(self.kv, dtype, levels), self.recipe, self.n_visual, self.maps)
+        return CompressedImages(pack(self.kv, dtype, levels), self.recipe, self.n_visual, self.maps, self.prompt)
 
     def with_maps(self, maps: Tensor | None) -> CompressedImages:
         """The same images with other maps, or without."""
-        return CompressedImages(self._kv, self.recipe, self.n_visual, maps)
+        return CompressedImages(self._kv, self.recipe, self.n_visual, maps, self.prompt)
 
     @classmethod
     def concat(cls, parts: Sequence[CompressedImages]) -> CompressedImages:
@@ -156,7 +164,7 @@ class CompressedImages:
             kv: Tensor | Packed = Packed(first._kv.dtype, rows, first._kv.shape, first._kv.levels)
         else:
             kv = torch.cat([part._kv for part in parts if isinstance(part._kv, Tensor)])
-        return cls(kv, first.recipe, n_visual, joined_maps)
+        return cls(kv, first.recipe, n_visual, joined_maps, first.prompt)
 
     def check_made_by(self, recipe: str) -> None:
         """ValueError unless `recipe` is that of the model that made these images."""
@@ -190,6 +198,8 @@ class CompressedImages:
         path = Path(path)
         tensors = {"checks": torch.tensor([list(check) for check in self.checks()], dtype=torch.uint8).reshape(-1, CHECK_BYTES)}
         about: dict[str, Any] = {"recipe": self.recipe, "n_visual": self.n_visual, "dtype": self.dtype, "shape": self.shape}
+        if self.prompt is not None:
+            about["prompt"] = self.prompt
         if isinstance(self._kv, Packed):
             tensors["rows"] = self._kv.rows.contiguous()
             if self._kv.levels is not None:
@@ -266,7 +276,7 @@ def _from_tensors(tensors: dict[str, Tensor], meta: dict[str, str]) -> Compresse
             raise ValueError("its levels do not match their checksum")
         layers, two, heads, n_bottleneck, head_dim = about["shape"]
         kv = Packed(about["dtype"], tensors["rows"], (layers, two, heads, n_bottleneck, head_dim), levels)
-    images = CompressedImages(kv, about["recipe"], about["n_visual"], tensors.get("maps"))
+    images = CompressedImages(kv, about["recipe"], about["n_visual"], tensors.get("maps"), about.get("prompt"))
     if list(images.shape) != about["shape"]:
         raise ValueError(f"its images have the shape {images.shape}, its description says {about['shape']}")
     written = [bytes(row.tolist()) for row in tensors["checks"]]

@@ -1,0 +1,116 @@
+"""Images of stock models cached without training: what is answered from them is what the pictures give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import htc_vlm
+from htc_vlm import CompressedImages
+from htc_vlm.testing.families import FAMILIES, tiny_model
+from htc_vlm.testing.processor import TinyProcessor
+
+QUESTIONS = ["what is it ?", "is there a cat at the top left ?"]
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "divprune": {"n_keep": 3},
+    "random_drop": {"n_keep": 3},
+    "tome": {"n_keep": 4, "place": "after_tower", "metric": "features"},
+    "avg_pool": {"n_tokens": 4},
+    "visionzip": {"n_dominant": 3, "n_contextual": 2},
+}
+QUICK = ("none", "divprune")
+NO_GRID = ("llava_next", "llava_onevision")
+CASES = [
+    pytest.param(family, name, marks=() if name in QUICK else pytest.mark.slow)
+    for family in FAMILIES for name in METHODS
+    if not (name == "visionzip" and family != "llava") and not (name == "avg_pool" and family in NO_GRID)
+]  # fmt: skip
+OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+
+
+def made(family: str) -> tuple[Any, Any]:
+    return tiny_model(family)[0], TinyProcessor(family)
+
+
+def uncached(model: Any, processor: Any, picture: int, questions: list[str], name: str, **settings: Any) -> Any:
+    """The pictures themselves, every time."""
+    text = [processor.chat_template.replace("QUESTION", question) for question in questions]
+    with torch.no_grad(), htc_vlm.apply(model, name, **settings):
+        return model.generate(**processor([picture] * len(text), text), do_sample=False, **OPTIONS)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_answers_from_cached_images_are_those_of_the_pictures(family: str, name: str, tmp_path: Path) -> None:
+    """Every step's logits to 1e-5 of their size; a shared image, questions of different lengths, from a file."""
+    model, processor = made(family)
+    htc_vlm.compress(model, processor, [0], name, **METHODS[name]).save(tmp_path / "one")
+    kept = CompressedImages.load(tmp_path / "one")
+    cached = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, **OPTIONS)
+    expected = uncached(model, processor, 0, QUESTIONS, name, **METHODS[name])
+    for ours, theirs in zip(cached.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_each_question_reads_its_own_image(family: str) -> None:
+    """With M-RoPE pictures of different sizes leave the text at different positions, though as many tokens are kept."""
+    model, processor = made(family)
+    kept = htc_vlm.compress(model, processor, [0, 1, 2], "divprune", n_keep=3)
+    out = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, which=[2, 1], num_beams=2, **OPTIONS)
+    assert len(out.sequences) == 2
+    out = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, which=[2, 1], **OPTIONS)
+    for row, picture in enumerate([2, 1]):
+        expected = uncached(model, processor, picture, [QUESTIONS[row]], "divprune", n_keep=3)
+        torch.testing.assert_close(out.logits[0][row], expected.logits[0][0], atol=2e-5, rtol=1e-5)
+
+
+def test_what_would_not_be_exact_is_refused_by_name() -> None:
+    """An answer from another prefix, method, model or a second image would be silently another one."""
+    model, processor = made("qwen2_5_vl")
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+
+    def ask(text: str, images: CompressedImages = kept, by: Any = model) -> Any:
+        return htc_vlm.generate(by, processor, compressed=images, text=[text])
+
+    whole = "sys user <image> what ? answer"
+    assert ask(whole) == ask("what ?")
+    with pytest.raises(ValueError, match=r"compress them with prompt=\.\.\. that begins like this one"):
+        ask("another sys user <image> what ? answer")
+    with pytest.raises(ValueError, match="has one image, got 2.*model.generate with their pixels"):
+        ask("sys user <image> <image> what ? answer")
+    with pytest.raises(ValueError, match=r"fastv chooses by the question.*cache one of: avg_pool, divprune"):
+        htc_vlm.compress(model, processor, [0], "fastv", n_keep=3, layer=1)
+    with pytest.raises(ValueError, match="give 12, 20 entries"):
+        htc_vlm.compress(model, processor, [0, 1])
+    other = tiny_model("qwen2_5_vl")[0]
+    with torch.no_grad():
+        other.lm_head.weight += 1
+    with pytest.raises(ValueError, match="another model or with other settings"):
+        ask("what ?", by=other)
+    plain = htc_vlm.compress(model, processor, [0])
+    with pytest.raises(ValueError, match="cannot be put together"):
+        CompressedImages.concat([kept, plain])
+    again = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3, prompt="another sys user <image> ? answer")
+    assert ask("another sys user <image> what ? answer", again)
+
+
+def test_our_own_models_take_the_same_call() -> None:
+    """With a bottleneck its entries are kept; without one the prefix."""
+    picture = Image.new("RGB", (48, 48), "red")
+    model, processor = htc_vlm.load("tiny")
+    kept = htc_vlm.compress(model, processor, [picture])
+    assert kept.n_bottleneck == model.model.compressor.n_bottleneck and kept.prompt is None
+    assert len(htc_vlm.generate(model, processor, compressed=kept, text=["what is it ?"], max_new_tokens=2)) == 1
+    upper, processor = htc_vlm.load("tiny-upper")
+    kept = htc_vlm.compress(upper, processor, [picture], "divprune", n_keep=9)
+    cached = htc_vlm.generate(upper, processor, compressed=kept, text=["what is at the top left ?"], **OPTIONS)
+    ids = torch.tensor([processor.question_ids("what is at the top left ?")])
+    pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    with torch.no_grad(), htc_vlm.apply(upper, "divprune", n_keep=9):
+        expected = upper.generate(input_ids=ids, pixel_values=pixels, do_sample=False, **OPTIONS)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
