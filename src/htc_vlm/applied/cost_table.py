@@ -9,7 +9,7 @@ Differs: tokens are those *entering* each layer and are averaged over layers; wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,15 +63,27 @@ def row_of(method: Compressor, settings: dict[str, Any], n_patches: int, shape: 
     )
 
 
-def rows(budget: float, n_patches: int, shape: cost.DecoderShape, n_text: int) -> tuple[list[Row], dict[str, str]]:
-    """Every registered method at `budget` (tokens, or a share of the patches), dearest first, and why others are missing."""
+def rows(
+    budget: float,
+    n_patches: int,
+    shape: cost.DecoderShape,
+    n_text: int,
+    refusal: Callable[[Compressor], str | None] = lambda method: None,
+) -> tuple[list[Row], dict[str, str]]:
+    """Every registered method at `budget` (tokens, or a share of the patches), dearest first, and why others are missing:
+    no settings for the budget, or a `refusal` of the model."""
     found, missing = [], {}
     for name in compressors.names():
         try:
             settings = compressors.get(name).for_budget(budget, n_patches, shape.n_layers)
             for variant in ({}, *compressors.get(name).VARIANTS):
                 own = {**settings, **variant}
-                found.append(row_of(compressors.build(name, **own), own, n_patches, shape, n_text))
+                method = compressors.build(name, **own)
+                reason = refusal(method)
+                if reason is None:
+                    found.append(row_of(method, own, n_patches, shape, n_text))
+                else:
+                    missing[" ".join((name, *variant))] = reason
         except ValueError as error:
             missing[name] = str(error)
     return sorted(found, key=lambda row: (-row.equivalent_tokens, row.method)), missing

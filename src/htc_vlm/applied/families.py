@@ -57,22 +57,27 @@ class Family:
 
     def check(self, method: Compressor) -> None:
         """ValueError for a method that cannot act on this family, saying what does."""
-        if method.acts_in_tower and not self.tower_acts:
-            raise ValueError(
-                f"{method.name} acts in a CLIP tower whose patches go straight to the projector (LLaVA's); in "
-                f"{type(self.model).__name__} {self.tower}; use divprune, random_drop, or tome with place='after_tower' "
-                "and metric='features'"
+        reason = self.refusal(method, type(self.model).__name__, self.has_axes)
+        if reason is not None:
+            raise ValueError(reason)
+
+    @classmethod
+    def refusal(cls, method: Compressor, model: str, has_axes: bool) -> str | None:
+        """Why a method cannot act on a model of this family, and what does; None where it can."""
+        instead = "use divprune, random_drop, or tome with place='after_tower' and metric='features'"
+        if method.acts_in_tower and not cls.tower_acts:
+            return (
+                f"{method.name} acts in a CLIP tower whose patches go straight to the projector (LLaVA's); in {model} "
+                f"{cls.tower}; {instead}"
             )
-        if method.needs_distance and self.has_axes:
-            raise ValueError(
+        if method.needs_distance and has_axes:
+            return (
                 f"{method.name} (plus) divides by what rotation leaves at a distance, which is three numbers with M-RoPE, as "
-                f"{type(self.model).__name__} has it; use sparse_vlm without plus"
+                f"{model} has it; use sparse_vlm without plus"
             )
-        if method.NEEDS_GRID and self.grid is not None:
-            raise ValueError(
-                f"{method.name} needs a grid of patches; in {type(self.model).__name__} {self.grid}; use divprune, "
-                "random_drop, or tome with place='after_tower' and metric='features'"
-            )
+        if method.NEEDS_GRID and cls.grid is not None:
+            return f"{method.name} needs a grid of patches; in {model} {cls.grid}; {instead}"
+        return None
 
 
 class Llava(Family):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from htc_vlm import settings
@@ -12,40 +13,71 @@ from htc_vlm import settings
 LLAVA_7B = "llava-1.5-7b"
 
 
-def find_shape(model: str) -> tuple[int, Any]:
-    """(P, decoder) of a model: `llava-1.5-7b` without any file, else a shipped checkpoint or a folder."""
-    from htc_vlm.ops import cost, schedules
+@dataclass(frozen=True)
+class Model:
+    """P of the picture, the decoder, and why a method does not act on it (None: it does)."""
 
-    if model == LLAVA_7B:
-        return schedules.PUBLISHED_PATCHES, cost.LLAMA_7B
+    n_patches: int
+    decoder: Any
+    refusal: Callable[[Any], str | None]
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """"640x480" -> (height, width).
+
+    >>> picture_size("640x480")
+    (480, 640)
+    """
+    width, times, height = text.partition("x")
+    if not (times and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"--picture is {text!r}; give its width and height in pixels, e.g. 640x480")
+    return int(height), int(width)
+
+
+def find_model(model: str, picture: tuple[int, int]) -> Model:
+    """A public model by name (without any file), else a shipped checkpoint or a folder."""
+    from htc_vlm.applied.true_shapes import SHAPES
+    from htc_vlm.ops import cost
+
+    if model in SHAPES:
+        shape = SHAPES[model]
+        n_patches = shape.visual_tokens(*picture)
+        return Model(n_patches, shape.decoder, lambda method: shape.refusal(method, n_patches))
     from htc_vlm.model.configuration import HtcVlmConfig
     from htc_vlm.model.loading import find
     from htc_vlm.model.modeling import sizes_of
 
     config = HtcVlmConfig.from_pretrained(find(model))
-    return sizes_of(config).n_patches, cost.DecoderShape.from_config(config.text_config)
+    return Model(sizes_of(config).n_patches, cost.DecoderShape.from_config(config.text_config), lambda method: None)
 
 
 def run(argv: list[str]) -> int:
     """Print tokens per layer, FLOPs of the language model and bytes of its cache, for every method at one budget."""
     parser = argparse.ArgumentParser(prog="htc-vlm cost", description=run.__doc__)
-    parser.add_argument("model", help=f"{LLAVA_7B}, or a shipped checkpoint's name or a path")
+    parser.add_argument(
+        "model",
+        help=f"{LLAVA_7B}, llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, qwen2.5-vl-7b, "
+        "qwen3-vl-8b, or a shipped checkpoint's name or a path",
+    )
     parser.add_argument("--budget", type=settings.budget, default=64,
                         help="visual tokens per image (mean over layers), or a share of the patches such as 0.11")  # fmt: skip
+    parser.add_argument("--picture", default="640x480", metavar="WIDTHxHEIGHT", help="its size counts (default: 640x480)")
     parser.add_argument("--text", type=int, default=40, help="tokens of the question and its template")
     parser.add_argument("--format", choices=("markdown", "json"), default="markdown")
     args = parser.parse_args(argv)
     from htc_vlm.applied import cost_table
     from htc_vlm.compressors import budget_tokens
 
-    n_patches, shape = find_shape(args.model)
+    model = find_model(args.model, picture_size(args.picture))
     if args.text < 1:
         raise ValueError(f"--text is {args.text}; give at least 1")
-    budget_tokens("--budget", args.budget, n_patches)
-    table, missing = cost_table.rows(args.budget, n_patches, shape, args.text)
+    budget_tokens("--budget", args.budget, model.n_patches)
+    table, missing = cost_table.rows(args.budget, model.n_patches, model.decoder, args.text, model.refusal)
     if args.format == "json":
-        print(json.dumps({"rows": [asdict(row) for row in table], "missing": missing}, indent=1))
+        report = {"picture": args.picture, "visual_tokens": model.n_patches, "rows": [asdict(row) for row in table]}
+        print(json.dumps(report | {"missing": missing}, indent=1))
         return 0
+    print(f"{args.model}, a picture of {args.picture} pixels: {model.n_patches} visual tokens\n")
     print(cost_table.to_markdown(table), end="")
     for name, why in missing.items():
         print(f"\nnot at this budget: {name} ({why})")
