@@ -90,8 +90,10 @@ def checkpoint_identity(name: str | None) -> dict[str, str] | None:
 
 
 def _portable(name: str) -> str:
-    """A name or relative path as it is; of an absolute path the last two parts."""
+    """A name or relative path as it is; of an absolute path the last two parts; of what the study keeps, its name."""
     path = Path(name)
+    if path.parent.parts[-2:] == ("study", "checkpoints"):  # once shipped under this name
+        return path.name
     return "/".join(path.parts[-2:]) if path.is_absolute() else name
 
 
