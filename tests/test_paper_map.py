@@ -78,11 +78,10 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("item", PAPER)
-def test_the_map_has_a_row_for_everything_in_the_paper(item: str) -> None:
+def test_the_map_has_one_row_for_everything_in_the_paper() -> None:
     """An equation left out reads as one that is implemented somewhere."""
     rows = [line.split("|")[1].strip() for line in MAP.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    assert rows.count(item) == 1
+    assert [item for item in PAPER if rows.count(item) != 1] == []
 
 
 def test_a_wrong_reference_is_found() -> None:
