@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from htc_vlm.model import CompressedImages, HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
     from htc_vlm.model.loading import load
     from htc_vlm.model.prefix_cache import compress, generate
+    from htc_vlm.store import ImageStore
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CompressedImages", "HtcVlmConfig", "HtcVlmForConditionalGeneration", "HtcVlmProcessor", "apply", "compress",
-    "compressors", "generate", "load",
+    "CompressedImages", "HtcVlmConfig", "HtcVlmForConditionalGeneration", "HtcVlmProcessor", "ImageStore", "apply",
+    "compress", "compressors", "generate", "load",
 ]  # fmt: skip
 
 
@@ -30,10 +31,11 @@ def _public_names() -> dict[str, Any]:
     from htc_vlm.applied.apply import apply
     from htc_vlm.model.loading import load
     from htc_vlm.model.prefix_cache import compress, generate
+    from htc_vlm.store import ImageStore
 
     vars(compressors)["apply"] = apply  # an alias; compressors itself imports nothing above it
     own = {"apply": apply, "compress": compress, "compressors": compressors, "generate": generate, "load": load}
-    return own | {n: vars(model)[n] for n in __all__ if n in vars(model)}
+    return own | {"ImageStore": ImageStore} | {n: vars(model)[n] for n in __all__ if n in vars(model)}
 
 
 if getattr(sys.modules.get("htc_vlm_cli"), "is_running", False):

@@ -18,6 +18,7 @@ from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import greedy
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.processing import HtcVlmProcessor
+from htc_vlm.model.recipe import Recipe
 
 
 class AskLike(Protocol):
@@ -64,17 +65,23 @@ class Answerer:
         return [[next(texts) for _ in ask.questions] for ask in asks]
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Image.Image]) -> CompressedImages | Tensor:
+    def encode(self, pictures: Sequence[Image.Image], maps: bool = False) -> CompressedImages | Tensor:
         """Pictures -> their cells; for methods without a bottleneck the vision tower's features (N, P, width), or the
-        pixels (N, 3, H, W) with `keep_pixels`."""
+        pixels (N, 3, H, W) with `keep_pixels`. maps: compressed pictures keep where the bottleneck looked."""
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)
         if self.model.model.compressor.n_bottleneck:
             _check_processor(self.model, self.processor)
-            return self.model.compress(pixel_values=pixels, image_processor=self.processor.image_processor)
+            return self.model.compress(
+                pixel_values=pixels, maps=maps, image_processor=self.processor.image_processor
+            )
         if self.keep_pixels:
             return pixels
         return self.model.model.vision_features(pixel_values=pixels)
+
+    def recipe(self) -> Recipe:
+        """What decides how this model and processor compress a picture."""
+        return self.model.recipe(self.processor.image_processor)
 
     def inputs(self, questions: Sequence[str], is_compressed: bool) -> dict[str, Tensor]:
         """Left-padded input_ids and attention_mask of questions about one image each."""

@@ -1,0 +1,116 @@
+"""Finds pictures wherever they are: files, folders, patterns, bytes, PIL images; and makes them what a model gets.
+
+Source:  ours.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
+
+Picture = str | os.PathLike[str] | bytes | Image.Image
+SUFFIXES = frozenset(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2 .qoi .ico .mpo .heic .heif".split())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture that was given. name: of its file, None for bytes and PIL images. One of content, image, error is set."""
+
+    name: str | None
+    content: bytes | None = None
+    image: Image.Image | None = None
+    error: str = ""
+
+    @property
+    def id(self) -> bytes:
+        """SHA-256 of the picture's bytes; of a PIL image, which has no file, of its size and pixels."""
+        if self.content is not None:
+            return hashlib.sha256(self.content).digest()
+        assert self.image is not None
+        pixels = self.image.convert("RGB")
+        return hashlib.sha256(f"pixels {pixels.size} ".encode() + pixels.tobytes()).digest()
+
+    def decoded(self, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+        """RGB, upright. ImageError for what is no picture, or would fill the memory when padded to a square."""
+        name = self.name or "picture"
+        if self.image is not None:
+            out = io.BytesIO()  # through a file's bytes: the same care for alpha, palettes and 16 bits
+            if self.image.mode == "RGB":
+                picture = self.image
+            else:
+                self.image.save(out, "TIFF" if self.image.mode in ("F", "CMYK", "YCbCr") else "PNG")
+                picture = from_bytes(out.getvalue(), name, max_pixels)
+        else:
+            picture = from_bytes(self.content or b"", name, max_pixels)
+        if max(picture.size) ** 2 > max_pixels:
+            raise ImageError(
+                f"{name}: {picture.width} x {picture.height} pixels, padded to a square, exceed {max_pixels:,}; crop it"
+            )
+        return picture
+
+
+def find(pictures: Picture | Iterable[Picture]) -> Iterator[Found]:
+    """Every picture once it is needed, read whole; what cannot be read comes with its error.
+
+    A folder stands for the picture files in it and below, by their endings, sorted; a pattern (`*`, `?`, `[`) for the files
+    that match. A file that is named is taken whatever its ending. ValueError for one folder or pattern without pictures;
+    among others, it comes as an error.
+    """
+    if isinstance(pictures, str | os.PathLike):
+        yield from map(_read, paths_of(pictures))
+        return
+    for picture in [pictures] if isinstance(pictures, bytes | Image.Image) else pictures:
+        if isinstance(picture, bytes):
+            yield Found(None, content=picture)
+        elif isinstance(picture, Image.Image):
+            yield Found(None, image=picture)
+        elif isinstance(picture, str | os.PathLike):
+            try:
+                paths = paths_of(picture)
+            except ValueError as error:
+                yield Found(str(picture), error=str(error))
+            else:
+                yield from map(_read, paths)
+        else:
+            raise ValueError(f"a picture is a path, bytes or a PIL image, got {type(picture).__name__}")
+
+
+def paths_of(given: str | os.PathLike[str]) -> list[Path]:
+    """The files that a path, a folder or a pattern stands for; a path of nothing as it is. ValueError for an empty folder.
+
+    >>> paths_of("nowhere/at_all.png")
+    [PosixPath('nowhere/at_all.png')]
+    """
+    path = Path(given)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not found:
+            raise ValueError(f"{path}: no pictures in this folder (looked for {', '.join(sorted(SUFFIXES))})")
+        return found
+    if not path.exists() and glob.has_magic(str(given)):
+        matches = [Path(one) for one in sorted(glob.glob(str(given), recursive=True)) if Path(one).is_file()]
+        if not matches:
+            raise ValueError(f"{given}: no file matches this pattern")
+        return matches
+    return [path]
+
+
+def _read(path: Path) -> Found:
+    name = str(path)
+    if not path.exists():
+        return Found(name, error=f"{path}: no such file; check the path")
+    if not path.is_file():
+        return Found(name, error=f"{path}: is not a regular file; save the picture to disk first")
+    try:
+        return Found(name, content=path.read_bytes())
+    except OSError as error:
+        return Found(name, error=f"{path}: cannot be read ({error.strerror or error}); check its permissions")

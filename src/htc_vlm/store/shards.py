@@ -1,0 +1,418 @@
+"""Sixteen SQLite files of rows with a checksum each: what a store keeps, without knowing what the bytes mean.
+
+Source:  sqlite.org/wal.html; LMCache 4086 and SGLang 2151 for what an unchecked or shortened key does: another's answer.
+Differs: SQLite returns flipped bytes without a word, and its integrity_check says "ok": each row and each name carries a
+         checksum of its own, looked at whenever it is read.
+
+Rows go by the first hex digit of their id, so that up to sixteen processes write at once. Writing is one transaction of a
+shard; reading is autocommit, for a reader inside a transaction would let the write-ahead log grow without end. A connection
+belongs to the thread and process that opened it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from htc_vlm.store.rows import (
+    COLUMNS,
+    PUT_IMAGE,
+    PUT_NAME,
+    SCHEMA,
+    TABLES,
+    DamagedImageError,
+    Row,
+    UnknownImageError,
+    is_key,
+    name_as_given,
+    name_as_stored,
+)
+
+N_SHARDS = 16
+COMMIT_ROWS = 32
+BUSY_SECONDS = 120
+READ_AT_ONCE = 256  # rows of one SELECT; SQLite's limit of variables is far above
+
+
+class Shards:
+    """The files of one store. key: part of every checksum, the recipe's digest."""
+
+    def __init__(self, folder: Path, key: bytes, read_only: bool = False) -> None:
+        self.folder, self.key, self.read_only = folder, key, read_only
+        self._connections: dict[tuple[int, int, int], sqlite3.Connection] = {}
+        self._lock = threading.Lock()
+
+    # ---------------------------------------------------------------------------------------------------------- writing
+    def write(self, rows: Sequence[Row], names: Sequence[tuple[str, bytes]] = ()) -> None:
+        """Put rows and names in, in commits of at most 32 rows: what is in when this returns stays, whatever happens next.
+        A row that is there already is replaced; a name goes to its new image. OSError: the disk is full or read-only."""
+        stale = self._elsewhere(names) if names else {}
+        for shard in range(N_SHARDS):
+            mine = [row for row in rows if _shard_of(row.id) == shard]
+            named = self._name_values([(name, id) for name, id in names if _shard_of(id) == shard])
+            chunks = [mine[start : start + COMMIT_ROWS] for start in range(0, len(mine), COMMIT_ROWS)]
+            for chunk in chunks or ([[]] if named else []):
+                values = [self._values(row) for row in chunk]
+                self._commit(shard, [(PUT_IMAGE, values), (PUT_NAME, named if chunk == (chunks or [[]])[-1] else [])])
+        for shard, old in stale.items():  # after the new ones: a name is never without its image
+            self._commit(shard, [("DELETE FROM names WHERE name = ?", [(name_as_stored(name),) for name in old])])
+
+    def remove(self, ids: Iterable[bytes]) -> int:
+        """Take rows and all their names out; how many there were."""
+        gone, wanted = 0, list(dict.fromkeys(ids))
+        for shard in range(N_SHARDS):
+            mine = [(id,) for id in wanted if _shard_of(id) == shard]
+            if mine and self._connect(shard, create=False) is not None:
+                statements = [("DELETE FROM names WHERE id = ?", mine), ("DELETE FROM images WHERE id = ?", mine)]
+                gone += self._commit(shard, statements)
+        return gone
+
+    def remove_names(self, names: Iterable[str]) -> None:
+        wanted = [(name_as_stored(name),) for name in names]
+        for shard in range(N_SHARDS):
+            if self._connect(shard, create=False) is not None:
+                self._commit(shard, [("DELETE FROM names WHERE name = ?", wanted)])
+
+    def compact(self) -> None:
+        """Give the room of removed rows back to the disk."""
+        for shard in range(N_SHARDS):
+            with self._speaking(shard):
+                db = self._connect(shard, create=False)
+                if db is not None:
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    db.execute("VACUUM")
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    # ---------------------------------------------------------------------------------------------------------- reading
+    def read(self, ids: Sequence[bytes]) -> dict[bytes, Row]:
+        """Rows by id, each checked. UnknownImageError, DamagedImageError."""
+        found: dict[bytes, Row] = {}
+        for id, row in self._read(ids):
+            if row is None:
+                raise DamagedImageError(
+                    f"{self.folder}: image {id.hex()} is damaged (its bytes are not those that were written); "
+                    "add its picture again, or remove it"
+                )
+            found[id] = row
+        missing = [id for id in ids if id not in found]
+        if missing:
+            raise UnknownImageError(f"{self.folder}: no image {missing[0].hex()}; `htc-vlm store list` shows what there is")
+        return found
+
+    def intact(self, ids: Sequence[bytes]) -> set[bytes]:
+        """Those of `ids` that are there and undamaged."""
+        return {id for id, row in self._read(ids) if row is not None}
+
+    def _read(self, ids: Sequence[bytes]) -> Iterator[tuple[bytes, Row | None]]:
+        """(id, row) of those that are there; None for a damaged row."""
+        wanted = list(dict.fromkeys(ids))
+        for shard in range(N_SHARDS):
+            mine = [id for id in wanted if _shard_of(id) == shard]
+            db = self._connect(shard, create=False) if mine else None
+            for start in range(0, len(mine) if db is not None else 0, READ_AT_ONCE):
+                chunk = mine[start : start + READ_AT_ONCE]
+                marks = ",".join("?" * len(chunk))
+                try:
+                    assert db is not None
+                    records = db.execute(f"SELECT {COLUMNS} FROM images WHERE id IN ({marks})", chunk).fetchall()
+                except sqlite3.DatabaseError as error:
+                    if _is_operational(error):
+                        raise self._told(error, shard) from error
+                    records = [record for id in chunk for record in self._one(shard, id)]
+                for record in records:
+                    yield bytes(record[0]), self._checked(record)
+
+    def _one(self, shard: int, id: bytes) -> list[tuple]:
+        """The record of one id where reading several met a malformed page; its checksum will not hold if it is hit itself."""
+        db = self._connect(shard, create=False)
+        try:
+            return [] if db is None else db.execute(f"SELECT {COLUMNS} FROM images WHERE id = ?", (id,)).fetchall()
+        except sqlite3.DatabaseError:
+            return [(id, 0.0, 0, 0, b"", b"", b"")]
+
+    def find(self, name: str) -> bytes:
+        """The id of a name. UnknownImageError; DamagedImageError where what the name says does not match its checksum."""
+        found: list[tuple[float, bytes]] = []
+        for shard in range(N_SHARDS):
+            with self._speaking(shard):
+                db = self._connect(shard, create=False)
+                select = "SELECT name, id, checksum, added FROM names WHERE name = ?"
+                records = [] if db is None else db.execute(select, (name_as_stored(name),)).fetchall()
+            for record in records:
+                if not self._name_holds(record):
+                    raise DamagedImageError(f"{self.folder}: the name {name!r} is damaged; add its picture again")
+                found.append((record[3], record[1]))
+        if not found:
+            raise UnknownImageError(f"{self.folder}: no image named {name!r}; `htc-vlm store list` shows what there is")
+        return max(found)[1]
+
+    def ids(self) -> Iterator[tuple[bytes, float, int]]:
+        """(id, when added, bytes), oldest first in each shard; without holding a transaction open."""
+        for shard in range(N_SHARDS):
+            after = 0
+            while True:
+                with self._speaking(shard):
+                    db = self._connect(shard, create=False)
+                    select = (
+                        "SELECT rowid, id, added, length(kv) + length(seen) FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?"  # noqa: E501
+                    )
+                    records = [] if db is None else db.execute(select, (after, READ_AT_ONCE)).fetchall()
+                if not records:
+                    break
+                for _, id, added, size in records:
+                    if is_key(id) and isinstance(added, float):  # a damaged one is `damaged`'s
+                        yield id, added, size
+                after = records[-1][0]
+
+    def names(self, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
+        """The names of images, in the order they were given."""
+        found: dict[bytes, list[str]] = {id: [] for id in ids}
+        for id in ids:
+            with self._speaking(_shard_of(id)):
+                db = self._connect(_shard_of(id), create=False)
+                select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
+                records = [] if db is None else db.execute(select, (id,)).fetchall()
+            found[id] = [name_as_given(record[0]) for record in records if self._name_holds(record)]
+        return found
+
+    def __len__(self) -> int:
+        total = 0
+        for shard in range(N_SHARDS):
+            with self._speaking(shard):
+                db = self._connect(shard, create=False)
+                total += 0 if db is None else db.execute("SELECT count(*) FROM images").fetchone()[0]
+        return total
+
+    # --------------------------------------------------------------------------------------------------------- checking
+    def damaged(self) -> Iterator[tuple[int, list[bytes]]]:
+        """(rows looked at, ids of damaged images), shard by shard, in steps: every row and every name is read.
+
+        OSError for a shard whose file cannot be read at all, naming it.
+        """
+        for shard in range(N_SHARDS):
+            db = self._connect(shard, create=False)
+            if db is None:
+                continue
+            indexed, rowids = self._walk(shard, db)
+            for start in range(0, len(rowids), READ_AT_ONCE):
+                chunk = rowids[start : start + READ_AT_ONCE]
+                wrong = [self._look_at(db, rowid, indexed.get(rowid), shard) for rowid in chunk]
+                yield len(chunk), [id for id in wrong if id is not None]
+            yield 0, self._damaged_names(shard, db)
+
+    def _walk(self, shard: int, db: sqlite3.Connection) -> tuple[dict[int, bytes], list[int]]:
+        """Row number -> id from the index, and all row numbers, the table's too: either may be what is damaged."""
+        try:
+            pairs = db.execute("SELECT rowid, id FROM images INDEXED BY sqlite_autoindex_images_1 ORDER BY id").fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._told(error, shard) from error
+        indexed = {rowid: id for rowid, id in pairs if is_key(id)}
+        in_table = _as_far_as_it_goes(db, "SELECT rowid FROM images NOT INDEXED ORDER BY rowid")
+        return indexed, sorted(indexed.keys() | {rowid for (rowid,) in in_table})
+
+    def _look_at(self, db: sqlite3.Connection, rowid: int, expected: bytes | None, shard: int) -> bytes | None:
+        """The id of a damaged row, None for an intact one. expected: its id in the index."""
+        try:
+            record = db.execute(f"SELECT {COLUMNS} FROM images WHERE rowid = ?", (rowid,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            if _is_operational(error):
+                raise self._told(error, shard) from error
+            return expected
+        row = None if record is None else self._checked(record)
+        if row is not None:
+            return None if row.id == expected else row.id  # intact, but nobody would find it
+        return expected if expected is not None or record is None or not is_key(record[0]) else record[0]
+
+    def _damaged_names(self, shard: int, db: sqlite3.Connection) -> list[bytes]:
+        try:
+            records = db.execute("SELECT name, id, checksum, added FROM names").fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._told(error, shard) from error
+        return sorted({record[1] for record in records if not self._name_holds(record) and is_key(record[1])})
+
+    # ----------------------------------------------------------------------------------------------------------- inside
+    def _values(self, row: Row) -> tuple:
+        added = row.added or time.time()
+        row = Row(row.id, row.n_visual, row.n_entries, row.kv, row.seen, added)
+        return row.id, added, row.n_visual, row.n_entries, row.checksum(self.key), row.seen, row.kv
+
+    def _checked(self, record: tuple) -> Row | None:
+        id, added, n_visual, n_entries, checksum, seen, kv = record
+        if not (isinstance(id, bytes) and isinstance(seen, bytes) and isinstance(kv, bytes)):
+            return None
+        row = Row(id, n_visual, n_entries, kv, seen, added)
+        return row if row.checksum(self.key) == checksum else None
+
+    def _name_checksum(self, name: bytes, id: bytes, added: float) -> bytes:
+        return hashlib.sha256(self.key + id + f"{added!r} ".encode() + name).digest()[:16]
+
+    def _name_holds(self, record: tuple) -> bool:
+        name, id, checksum, added = record
+        return isinstance(name, bytes) and is_key(id) and self._name_checksum(name, id, added) == checksum
+
+    def _name_values(self, named: Sequence[tuple[str, bytes]]) -> list[tuple]:
+        added = time.time()
+        return [(name_as_stored(name), id, self._name_checksum(name_as_stored(name), id, added), added) for name, id in named]
+
+    def _elsewhere(self, names: Sequence[tuple[str, bytes]]) -> dict[int, list[str]]:
+        """Shard -> names that are there and will stand in another: their pictures have changed."""
+        out: dict[int, list[str]] = {}
+        target = {name: _shard_of(id) for name, id in names}
+        for shard in range(N_SHARDS):
+            wanted = [name for name, to in target.items() if to != shard]
+            db = self._connect(shard, create=False) if wanted else None
+            for start in range(0, len(wanted) if db is not None else 0, READ_AT_ONCE):
+                chunk = wanted[start : start + READ_AT_ONCE]
+                with self._speaking(shard):
+                    assert db is not None
+                    select = f"SELECT name FROM names WHERE name IN ({','.join('?' * len(chunk))})"
+                    found = [
+                        name_as_given(name)
+                        for (name,) in db.execute(select, [name_as_stored(name) for name in chunk]).fetchall()
+                    ]
+                if found:
+                    out.setdefault(shard, []).extend(found)
+        return out
+
+    def _commit(self, shard: int, statements: Sequence[tuple[str, list[tuple]]]) -> int:
+        """Run statements as one transaction; how many rows the last one changed. An index that does not fit its rows any
+        more (a flipped bit) is built anew from them."""
+        try:
+            with self._transaction(shard) as db:
+                return [db.executemany(text, values).rowcount for text, values in statements][-1]
+        except DamagedImageError:
+            with self._speaking(shard):
+                found = self._connect(shard, create=False)
+                if found is None:
+                    raise
+                found.execute("REINDEX")
+            with self._transaction(shard) as db:
+                return [db.executemany(text, values).rowcount for text, values in statements][-1]
+
+    @contextmanager
+    def _transaction(self, shard: int) -> Iterator[sqlite3.Connection]:
+        with self._speaking(shard):
+            db = self._connect(shard, create=True)
+            assert db is not None
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _speaking(self, shard: int) -> Iterator[None]:
+        """SQLite's errors as what is wrong with the store, in one line."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._told(error, shard) from error
+
+    def _told(self, error: Exception, shard: int) -> OSError | DamagedImageError:
+        path, text = str(self.folder / _file(shard)), str(error)
+        if "full" in text:
+            return OSError(errno.ENOSPC, "the disk is full; what was added before is kept", path)
+        if "readonly" in text or "unable to open" in text:
+            return OSError(errno.EROFS, "cannot be written to (read-only); the store can be read", path)
+        if "locked" in text:
+            return OSError(errno.EBUSY, f"another process has been writing for {BUSY_SECONDS} s; try again", path)
+        if _is_operational(error):
+            return OSError(errno.EIO, f"cannot be read or written ({text})", path)
+        return DamagedImageError(
+            f"{path}: is damaged beyond its rows ({text}); move this file away and add its pictures (those whose id begins "
+            f"with {shard:x}) again"
+        )
+
+    def _connect(self, shard: int, create: bool) -> sqlite3.Connection | None:
+        """This thread's connection; None where there is no such file and none is to be made."""
+        where = (os.getpid(), threading.get_ident(), shard)
+        known = self._connections.get(where)
+        if known is not None:
+            return known
+        path = self.folder / _file(shard)
+        if not path.exists() and (not create or self.read_only):
+            if self.read_only and create:
+                raise sqlite3.OperationalError("attempt to write a readonly database")
+            return None
+        with self._speaking(shard):
+            db = self._open(path)
+        with self._lock:
+            self._connections[where] = db
+        return db
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        options = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False, "uri": True}
+        uri = path.absolute().as_uri()
+        if self.read_only:
+            log = path.with_name(path.name + "-wal")
+            is_quiet = not log.exists() or not log.stat().st_size
+            db = sqlite3.connect(uri + ("?mode=ro&immutable=1" if is_quiet else "?mode=ro"), **options)  # type: ignore[call-overload]
+        else:
+            db = sqlite3.connect(uri, **options)  # type: ignore[call-overload]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            db.close()
+            raise ValueError(f"{self.folder}: a store of schema {version}; this htc-vlm knows {SCHEMA}: install a newer one")
+        if not self.read_only:
+            _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
+            db.execute("PRAGMA synchronous = FULL")
+            if version < SCHEMA:
+                _patiently(lambda: db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;"))
+        return db
+
+    def close(self) -> None:
+        """Close this process's connections; the write-ahead logs go into the files, so that these can be copied."""
+        with self._lock:
+            mine = {where: db for where, db in self._connections.items() if where[0] == os.getpid()}
+            self._connections = {}
+        last = {where[2]: db for where, db in mine.items()}
+        for where, db in mine.items():
+            if not self.read_only and last[where[2]] is db:
+                with suppress(sqlite3.Error):  # another process is at work, or the disk is full: the log stays, and is read
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.close()
+
+
+def _file(shard: int) -> str:
+    return f"{shard:x}.sqlite"
+
+
+def _shard_of(id: bytes) -> int:
+    return id[0] >> 4
+
+
+def _is_operational(error: Exception) -> bool:
+    return isinstance(error, sqlite3.OperationalError)
+
+
+def _as_far_as_it_goes(db: sqlite3.Connection, select: str) -> list[tuple]:
+    """The records up to a malformed page."""
+    found: list[tuple] = []
+    try:
+        for record in db.execute(select):
+            found.append(record)
+    except sqlite3.DatabaseError:
+        pass
+    return found
+
+
+def _patiently(act: Callable[[], object]) -> None:
+    """Try again while another process makes the same file: SQLite does not wait for a change of the journal's mode."""
+    for attempt in range(200):
+        try:
+            act()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or attempt == 199:
+                raise
+            time.sleep(0.05)
