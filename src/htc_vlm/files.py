@@ -151,6 +151,26 @@ def write_new(path: Path, data: bytes, force: bool = False) -> None:
         partial.write_bytes(data)
 
 
+MAX_PIXELS = "refuse pictures of more pixels, once padded to a square (default: about 89 million)"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as arguments of commands give it.
+
+    >>> positive("100000000")
+    100000000
+    """
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"{text}: give at least 1")
+    return number
+
+
+def pixel_limit(options: Any) -> dict[str, int]:
+    """`--max-pixels` as an argument of the loaders, {} where it was not given."""
+    return {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, in UTF-8."""
     with replacing(path) as partial:

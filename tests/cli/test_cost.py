@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +113,30 @@ def test_a_method_without_budgets_says_what_to_give_instead() -> None:
 
     with pytest.raises(ValueError, match="mine has no settings for a budget; give its own settings instead: none"):
         Mine.for_budget(64, 576, 32)
+
+
+def original_config(**options: object) -> dict[str, object]:
+    """config.json of an original LLaVA-1.5 folder with another language model."""
+    return {
+        "model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "vocab_size": 1000,
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    } | options  # fmt: skip
+
+
+def test_an_original_checkpoint_is_counted_by_its_own_configuration(tmp_path: Path) -> None:
+    """Its flat config.json has no text_config, and the 7B's numbers were printed for any such folder."""
+    (tmp_path / "config.json").write_text(json.dumps(original_config()))
+    model = cost.find_model(str(tmp_path), (480, 640))
+    assert (model.n_patches, model.decoder.n_layers, model.decoder.width, model.decoder.n_kv_heads) == (576, 8, 256, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 256}))
+    with pytest.raises(ValueError, match="no text_config, so it is no LLaVA"):
+        cost.find_model(str(tmp_path), (480, 640))
+
+
+def test_the_default_budget_fits_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """`cost tiny` refused its own default of 64 tokens, since an image has 36 patches; its FLOPs were all 0.000."""
+    assert cost.run(["tiny"]) == 0
+    told = capsys.readouterr()
+    assert "| divprune | n_keep=4 |" in told.out and "GFLOPs" in told.out and "KV KiB" in told.out
+    assert "| 0.000 |" not in told.out and "You are using a model of type" not in told.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
-from htc_vlm.data.images import ImageError, fill_from_mean, from_bytes, load_image, pad_to_square
+from htc_vlm.data.images import (
+    ImageError,
+    fill_from_mean,
+    from_bytes,
+    load_for_model,
+    load_image,
+    named_warnings,
+    pad_to_square,
+)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -338,3 +347,25 @@ def test_padding_leaves_a_square_alone() -> None:
 def test_the_fill_colour_is_clip_s_mean_rounded_down() -> None:
     """LLaVA-1.5's grey; rounding to nearest would give 123, 117, 104."""
     assert fill_from_mean([0.48145466, 0.4578275, 0.40821073]) == (122, 116, 104)
+
+
+def test_both_loaders_take_the_limit_of_pixels(tmp_path: Path) -> None:
+    """`load_for_model(path, max_pixels=...)` decoded under the default limit, whatever was given."""
+    path = tmp_path / "big.png"
+    Image.new("1", (9500, 9500)).save(path)  # 90 million pixels, above the default limit
+    for load in (load_image, load_for_model):
+        with pytest.raises(ImageError, match="exceed"):
+            load(path)
+        assert load(path, max_pixels=10**8).size == (9500, 9500)
+        with pytest.raises(ImageError, match="limit of 1,000"):
+            load(path, max_pixels=1000)
+
+
+def test_pillows_warnings_name_the_file(tmp_path: Path) -> None:
+    """`UserWarning: Truncated File Read`: of which of 2,000 photos?"""
+    with pytest.warns(UserWarning, match=r"cat\.jpg: Corrupt EXIF data"), named_warnings("cat.jpg"):
+        warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with named_warnings("big.png"):
+            warnings.warn("could be a bomb", Image.DecompressionBombWarning, stacklevel=1)

@@ -98,9 +98,24 @@ def runs(schedule: Sequence[int]) -> str:
     return ", ".join(f"{n} x{len(list(group))}" for n, group in itertools.groupby(schedule))
 
 
+def unit_of(largest: float, units: Sequence[str], step: float, at_least: float = 0.1) -> tuple[str, float]:
+    """The largest unit in which a number is `at_least` so large, and the factor to it from the first unit.
+
+    >>> unit_of(8.2, ("TFLOPs", "GFLOPs"), 1000), unit_of(0.004, ("TFLOPs", "GFLOPs"), 1000)
+    (('TFLOPs', 1), ('GFLOPs', 1000))
+    """
+    power = 0
+    while largest * step**power < at_least and power < len(units) - 1:
+        power += 1
+    return units[power], step**power
+
+
 def to_markdown(table: Sequence[Row]) -> str:
-    """Rows as a Markdown table."""
-    head = ("method", "settings", "tokens x layers", "mean", "authors' own", "TFLOPs", "TFLOPs again", "KV MiB", "any question")
+    """Rows as a Markdown table, in units that fit the model."""
+    flops, by = unit_of(max((row.prefill_tflops for row in table), default=1), ("TFLOPs", "GFLOPs", "MFLOPs"), 1000)
+    memory, times = unit_of(max((row.cache_mib for row in table), default=1), ("MiB", "KiB"), 1024, at_least=10)
+    head = ("method", "settings", "tokens x layers", "mean", "authors' own", flops, f"{flops} again", f"KV {memory}",
+            "any question")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
         settings = ", ".join(f"{key}={value}" for key, value in row.settings.items())
@@ -110,9 +125,9 @@ def to_markdown(table: Sequence[Row]) -> str:
             runs(row.schedule),
             f"{row.equivalent_tokens:.1f}",
             "" if row.authors_tokens is None else f"{row.authors_tokens:.1f}",
-            f"{row.prefill_tflops:.3f}",
-            f"{row.again_tflops:.3f}",
-            f"{row.cache_mib:.1f}",
+            f"{row.prefill_tflops * by:.3f}",
+            f"{row.again_tflops * by:.3f}",
+            f"{row.cache_mib * times:.1f}",
             "yes" if row.question_independent else "no",
         )
         lines.append("| " + " | ".join(cells) + " |")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.files import FIGURES, PICTURES, check_output
+from htc_vlm.files import FIGURES, MAX_PIXELS, PICTURES, check_output, pixel_limit, positive
 from htc_vlm.settings import budget
 
 EXAMPLE = 'e.g. htc-vlm ask cat.png "what is at the top left ?"'
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what the bottleneck looked at")
     arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     arguments.add_argument("--max-new-tokens", type=int, default=16)
+    arguments.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     arguments.add_argument("--batch-size", type=int, default=16, help="pictures in memory, and questions asked, at once")
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument(
@@ -100,7 +101,7 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     request = sort_words(options.words)
     check(request, options)
-    is_any = options.load is not None or any(_could_be_read(path) for path in request.pictures)
+    is_any = options.load is not None or any(_could_be_read(path, pixel_limit(options)) for path in request.pictures)
     model = Asked(options, request.questions) if is_any else None
     refused: list[dict[str, str]] = []
 
@@ -119,12 +120,12 @@ def run(argv: list[str]) -> int:
     return (1 if report["pictures"] else 2) if refused else 0
 
 
-def _could_be_read(path: Path) -> bool:
+def _could_be_read(path: Path, limit: dict[str, int]) -> bool:
     """Is it a picture? Looked at until one is, to refuse before a model is loaded."""
     from htc_vlm.data.images import ImageError, load_image
 
     try:
-        load_image(path)
+        load_image(path, **limit)
     except (ImageError, OSError):
         return False
     return True
@@ -189,7 +190,7 @@ def answer(
     from htc_vlm.data.images import load_batches
 
     if asked is None:
-        for _ in load_batches(request.pictures, options.batch_size, refuse):
+        for _ in load_batches(request.pictures, options.batch_size, refuse, **pixel_limit(options)):
             pass
         return
     kept: list[Any] = []
@@ -203,7 +204,7 @@ def answer(
                 names = [f"{options.load.name}[{begin + i}]" for i in range(len(encoded))]
                 yield from rows_of(answerer, encoded, names, request.questions, options)
             return
-        for paths, pictures in load_batches(request.pictures, options.batch_size, refuse):
+        for paths, pictures in load_batches(request.pictures, options.batch_size, refuse, **pixel_limit(options)):
             encoded = answerer.encode(pictures)
             if options.save is not None:
                 kept.append(encoded.to("cpu"))
@@ -244,6 +245,8 @@ def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, rep
     from htc_vlm.model.loading import without_compression
 
     model = answerer.model
+    if model.config.compressor["name"] == "none":
+        return {"uncompressed": cost(answerer, picture, question, max_new_tokens, repeats)}
     twin = without_compression(model)
     plain = answerer.processor.fitted_to(twin.config)
     return {

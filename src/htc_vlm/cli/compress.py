@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.files import check_output, picture_files
+from htc_vlm.files import MAX_PIXELS, check_output, picture_files, pixel_limit, positive
 
 SAVE_EVERY_S = 60.0  # what is done so far is written about this often, so that a kill loses little
 EXIT_INTERRUPTED = 130
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the compressed pictures go")
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     arguments.add_argument("--batch-size", type=int, default=16, help="pictures compressed at once (default: 16)")
+    arguments.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
@@ -99,7 +100,7 @@ def run(argv: list[str]) -> int:
     code = 0
     try:
         with tqdm(total=len(files), desc="compress", unit="picture", disable=None) as bar:
-            for paths, pictures in load_batches(files, options.batch_size, leave_out):
+            for paths, pictures in load_batches(files, options.batch_size, leave_out, **pixel_limit(options)):
                 album.add(answerer.encode(pictures), [str(path) for path in paths])
                 bar.update(len(album.names) + len(refused) - bar.n)
         if not album.parts:

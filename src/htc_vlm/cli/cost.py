@@ -43,12 +43,30 @@ def find_model(model: str, picture: tuple[int, int]) -> Model:
         shape = SHAPES[model]
         n_patches = shape.visual_tokens(*picture)
         return Model(n_patches, shape.decoder, lambda method: shape.refusal(method, n_patches))
+    from htc_vlm.convert import llava_original
     from htc_vlm.model.configuration import HtcVlmConfig
     from htc_vlm.model.loading import find
     from htc_vlm.model.modeling import sizes_of
 
-    config = HtcVlmConfig.from_pretrained(find(model))
-    return Model(sizes_of(config).n_patches, cost.DecoderShape.from_config(config.text_config), lambda method: None)
+    folder = find(model)
+    if llava_original.is_original_layout(folder):
+        options = llava_original.options_of(folder)
+        n_patches, text_config = options["image_seq_length"], options["text_config"]
+    elif "text_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        config = HtcVlmConfig.from_pretrained(folder)
+        n_patches, text_config = sizes_of(config).n_patches, config.text_config
+    else:
+        raise ValueError(f"{folder}: its config.json has no text_config, so it is no LLaVA, nor an original LLaVA-1.5")
+    return Model(n_patches, cost.DecoderShape.from_config(text_config), lambda method: None)
+
+
+def default_budget(n_patches: int) -> int:
+    """64 tokens, the paper's smallest; where an image has fewer patches than LLaVA-1.5's 576, the same share of them.
+
+    >>> default_budget(576), default_budget(2880), default_budget(36)
+    (64, 64, 4)
+    """
+    return min(64, max(1, round(n_patches * 64 / 576)))
 
 
 def run(argv: list[str]) -> int:
@@ -59,8 +77,9 @@ def run(argv: list[str]) -> int:
         help=f"{LLAVA_7B}, llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, qwen2.5-vl-7b, "
         "qwen3-vl-8b, or a shipped checkpoint's name or a path",
     )
-    parser.add_argument("--budget", type=settings.budget, default=64,
-                        help="visual tokens per image (mean over layers), or a share of the patches such as 0.11")  # fmt: skip
+    parser.add_argument("--budget", type=settings.budget,
+                        help="visual tokens per image (mean over layers), or a share of the patches such as 0.11 "
+                             "(default: 64 of 576, and the same share of fewer)")  # fmt: skip
     parser.add_argument("--picture", default="640x480", metavar="WIDTHxHEIGHT", help="its size counts (default: 640x480)")
     parser.add_argument("--text", type=int, default=40, help="tokens of the question and its template")
     parser.add_argument("--format", choices=("markdown", "json"), default="markdown")
@@ -71,8 +90,9 @@ def run(argv: list[str]) -> int:
     model = find_model(args.model, picture_size(args.picture))
     if args.text < 1:
         raise ValueError(f"--text is {args.text}; give at least 1")
-    budget_tokens("--budget", args.budget, model.n_patches)
-    table, missing = cost_table.rows(args.budget, model.n_patches, model.decoder, args.text, model.refusal)
+    budget = default_budget(model.n_patches) if args.budget is None else args.budget
+    budget_tokens("--budget", budget, model.n_patches)
+    table, missing = cost_table.rows(budget, model.n_patches, model.decoder, args.text, model.refusal)
     if args.format == "json":
         report = {"picture": args.picture, "visual_tokens": model.n_patches, "rows": [asdict(row) for row in table]}
         print(json.dumps(report | {"missing": missing}, indent=1))

@@ -104,6 +104,8 @@ def run(argv: list[str]) -> int:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
     check_single_process()
+    if args.budget is not None and args.method is None:
+        raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
     items, refused = _loaded(tasks, args, root)
     if not items:

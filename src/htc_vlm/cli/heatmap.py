@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.files import MAX_PIXELS, pixel_limit, positive
+
 HOW = ("pictures", "rows")
 
 
@@ -23,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         help="the attention over each picture, or the paper's Figure 3: a row per picture, a column per token, all layers",
     )  # fmt: skip
     arguments.add_argument("--numbers", type=Path, metavar="OUT.json", help="write the shares per layer, too")
+    arguments.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace files that htc-vlm did not write")
     return arguments
@@ -66,7 +69,8 @@ def _pictures(options: argparse.Namespace) -> tuple[list[Any], list[str]]:
     from htc_vlm.tiny import pictograms
 
     if options.samples is None:
-        return [load_for_model(path) for path in options.pictures], [path.name for path in options.pictures]
+        pictures = [load_for_model(path, **pixel_limit(options)) for path in options.pictures]
+        return pictures, [path.name for path in options.pictures]
     names = list(pictograms.images("test")[: options.samples])
     if len(names) != options.samples or not names:
         raise ValueError(f"--samples is {options.samples}; give 1 to {len(pictograms.images('test'))}")

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.files import MAX_PIXELS, pixel_limit, positive
 from htc_vlm.settings import budget, from_pairs
 
 QUESTION = "what is at the top left ?"
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--question", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
     arguments.add_argument("--output", type=Path, required=True, metavar="OUT.png")
     arguments.add_argument("--model", default="tiny-upper", help="an uncompressed checkpoint (default: tiny-upper)")
+    arguments.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
@@ -40,7 +42,7 @@ def run(argv: list[str]) -> int:
     from htc_vlm.model.modeling import sizes_of
     from htc_vlm.viz import token_map
 
-    picture = load_for_model(options.picture)
+    picture = load_for_model(options.picture, **pixel_limit(options))
     model, processor = load(options.model)
     to_device(model, options.device)
     n_layers = model.config.text_config.num_hidden_layers

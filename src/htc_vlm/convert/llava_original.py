@@ -69,6 +69,12 @@ def is_original_layout(path: str | os.PathLike[str]) -> bool:
     return "mm_vision_tower" in _read_config(Path(path))
 
 
+def options_of(path: str | os.PathLike[str], vision: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Options of a LlavaConfig from an original folder's config.json alone, without weights (see `llava_options`)."""
+    config = _read_config(Path(path))
+    return llava_options(config, _vision_config(config, _tower_folder(config, vision)))
+
+
 def read(path: str | os.PathLike[str], vision: str | os.PathLike[str] | None = None) -> Original:
     """Everything of an original folder. vision: a CLIP folder, needed where the checkpoint holds no vision tower.
 

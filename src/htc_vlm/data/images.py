@@ -12,6 +12,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -66,7 +67,7 @@ def load_for_model(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_P
 
 
 def load_batches(
-    files: Sequence[Path], batch_size: int, leave_out: Callable[[Path, str], None]
+    files: Sequence[Path], batch_size: int, leave_out: Callable[[Path, str], None], max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> Iterator[tuple[list[Path], list[Image.Image]]]:
     """`load_for_model` of up to batch_size files at a time -> (files, pictures); `leave_out(file, message)` for each that
     cannot be used. No more than a batch of pictures is in memory."""
@@ -74,7 +75,7 @@ def load_batches(
     pictures: list[Image.Image] = []
     for file in files:
         try:
-            pictures.append(load_for_model(file))
+            pictures.append(load_for_model(file, max_pixels))
             paths.append(file)
         except (ImageError, OSError) as error:
             leave_out(file, " ".join(str(error).split()))
@@ -131,9 +132,7 @@ def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     stream.seek(0)
     if not head:
         raise ImageError(f"{name}: is empty (0 bytes); download or copy it again")
-    with warnings.catch_warnings():
-        # Our own limit decides, and it refuses; Pillow's would only warn.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with named_warnings(name):
         image = _open(stream, name, head)
         width, height = image.size
         if width * height > max_pixels:
@@ -157,6 +156,20 @@ def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise ImageError(
                 f"{name}: is damaged or truncated ({type(error).__name__}: {error}); download or copy it again"
             ) from error
+
+
+@contextmanager
+def named_warnings(name: str) -> Iterator[None]:
+    """Pillow's warnings ("Truncated File Read", ...) inside the block, told after it with the picture's name.
+
+    Of bombs it does not warn: our own limit decides, and it refuses.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+    for warning in told:
+        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=3)
 
 
 def _open(stream: IO[bytes], name: str, head: bytes) -> Image.Image:

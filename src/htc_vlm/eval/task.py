@@ -7,7 +7,6 @@ Differs: a task never sees the model, and the runner never sees an official file
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ from typing import IO, Any, ClassVar, Protocol, runtime_checkable
 
 from PIL import Image
 
-from htc_vlm.data.images import ImageError
+from htc_vlm.data.images import ImageError, named_warnings
 from htc_vlm.registry import Registry
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -137,17 +136,12 @@ def picture_from(source: Path | IO[bytes], name: str) -> Image.Image:
     if isinstance(source, Path) and not source.is_file():
         raise ImageError(f"{name}: no such file; check the path")
     try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            with Image.open(source) as picture:
-                rgb = picture.convert("RGB")
+        with named_warnings(name), Image.open(source) as picture:
+            return picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, EOFError and more on damaged files
         raise ImageError(
             f"{name}: is damaged, truncated or no picture ({type(error).__name__}: {error}); download it again"
         ) from error
-    for warning in told:
-        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
-    return rgb
 
 
 def read_text(path: Path) -> str:

@@ -6,6 +6,7 @@ Differs: nothing of LLaVA's is renamed, so any LLaVA configuration is one of our
 
 from __future__ import annotations
 
+import logging
 from dataclasses import field
 from typing import Any
 
@@ -35,6 +36,20 @@ class HtcVlmConfig(LlavaConfig):
     bottleneck_token_id: int | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> HtcVlmConfig:
+        """As transformers', without "You are using a model of type `llava`": every LLaVA configuration is one of ours."""
+        logger = logging.getLogger("transformers.configuration_utils")
+
+        def passes(record: logging.LogRecord) -> bool:
+            return "using a model of type `llava` to instantiate" not in record.getMessage()
+
+        logger.addFilter(passes)
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            logger.removeFilter(passes)
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
