@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test study slow wheel docs check table clean wheel
+.PHONY: help demo test study slow page wheel docs check table clean wheel
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -37,6 +37,10 @@ test: $(READY)
 
 wheel: $(READY)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
+
+# The server's page in Debian's Chromium, and a server process from start to SIGTERM.
+page: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/serve tests/cli/test_serve.py
 
 study: $(READY)
 	$(PYTEST) study

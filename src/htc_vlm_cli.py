@@ -33,6 +33,7 @@ COMMANDS = {
     "heatmap": "draw what the bottleneck token looked at",
     "token-map": "draw which patch went into which token",
     "cost": "count tokens, FLOPs and bytes of a method",
+    "serve": "answer questions over HTTP: an OpenAI-compatible server and its page",
 }
 
 MOVED = {

@@ -334,12 +334,20 @@ class ImageStore:
         if self.read_only:
             raise OSError(errno.EROFS, "is read-only; the store can be read", str(self.path))
 
-    def list(self, limit: int | None = None, name: str | None = None) -> builtins.list[StoredImage]:
+    def list(
+        self, limit: int | None = None, name: str | None = None, after: str | None = None
+    ) -> builtins.list[StoredImage]:
         """The ids of what is stored, oldest first, each a str with `.names`, `.nbytes` and `.added`.
 
-        limit: at most so many. name: only those with a name that contains it.
+        limit: at most so many. name: only those with a name that contains it. after: only those behind this id, to go on
+        where another call ended; UnknownImageError where it is not there (any more).
         """
         entries = sorted(self._shards.ids(), key=lambda entry: (entry[1], entry[0]))
+        if after is not None:
+            ids = [id for id, _, _ in entries]
+            if _id(after) not in ids:
+                raise UnknownImageError(f"{self.path}: no image {after}, so nothing comes after it")
+            entries = entries[ids.index(_id(after)) + 1 :]
         if name is None:
             entries = entries[:limit]
         names = self._shards.names([id for id, _, _ in entries])

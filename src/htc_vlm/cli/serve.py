@@ -1,0 +1,73 @@
+"""htc-vlm serve: answer questions about the pictures of a store, for any OpenAI client, and on a page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+TOKEN = "HTC_VLM_TOKEN"
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="htc-vlm serve", description=__doc__)
+    arguments.add_argument("--store", type=Path, required=True, metavar="DIR", help="pictures; made if it is not there")
+    arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
+    arguments.add_argument("--name", help="what clients call the model (default: as --model, without folders)")
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    arguments.add_argument("--dtype", default="model", help="how the store keeps new pictures: model, int8, int4, int2")
+    arguments.add_argument("--no-maps", action="store_true", help="do not keep where the model looked in new pictures")
+    arguments.add_argument("--host", default="127.0.0.1", help="another than 127.0.0.1 needs a token")
+    arguments.add_argument("--port", type=int, default=8000)
+    arguments.add_argument("--token", help=f"what clients must send as API key; better ${TOKEN}, which `ps` does not show")
+    arguments.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="at the end, for what runs (default: 30)")
+    limits = arguments.add_argument_group("limits")
+    for name, default in _limits().items():
+        limits.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"default: {default}")
+    return arguments
+
+
+def _limits() -> dict[str, int]:
+    from htc_vlm.serve.limits import Limits
+
+    return {field.name: getattr(Limits(), field.name) for field in fields(Limits)}
+
+
+def run(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    token = options.token or os.environ.get(TOKEN) or None
+    if options.host not in LOOPBACK and token is None:
+        raise ValueError(f"--host {options.host} lets others ask; set ${TOKEN} (or --token), which they must then send")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; pip install 'htc-vlm[serve]'") from error
+    app = make_app(options, token)
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    at = f"http://{shown}:{options.port}"
+    print(f"{at}/ is the page, {at}/v1 is for OpenAI clients", file=sys.stderr)
+    where = {"host": options.host, "port": options.port, "timeout_graceful_shutdown": options.grace}
+    server = uvicorn.Server(uvicorn.Config(app, **where, log_level="warning", server_header=False))
+    server.run()
+    return 0 if server.started else 2
+
+
+def make_app(options: argparse.Namespace, token: str | None) -> Any:
+    """The application with its model and store."""
+    from htc_vlm import load
+    from htc_vlm.serve.app import make_app
+    from htc_vlm.serve.limits import Limits
+    from htc_vlm.store import ImageStore
+
+    limits = Limits(**{name: getattr(options, name) for name in _limits()})
+    model, processor = load(options.model)
+    model.to(options.device)
+    store = ImageStore.open(options.store, model, processor, dtype=options.dtype, maps=not options.no_maps)
+    name = options.name or Path(options.model).name
+    return make_app(model, processor, store, name, limits, token, only_local=options.host in LOOPBACK)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over compressed images, and its page."""
