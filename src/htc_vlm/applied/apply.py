@@ -24,6 +24,7 @@ from htc_vlm import compressors
 from htc_vlm.applied import door, pruning, vision_tower
 from htc_vlm.applied.door import Prompt, Run
 from htc_vlm.applied.families import Family, Llava, family_of
+from htc_vlm.applied.hf_compat import compute_dtype
 from htc_vlm.applied.pruning import DropRun
 from htc_vlm.applied.vision_tower import TowerRun
 from htc_vlm.compressors import AppliedOnly, Compressor
@@ -262,7 +263,7 @@ def through_method(self: Any, pixel_values: Tensor | None = None, **kwargs: Any)
         if method.acts_in_tower:
             raise ValueError(f"{method.name} acts in the vision tower; give pixel_values, not patch_features")
         project = self.multi_modal_projector
-        images = compressors.ImageFeatures(patch_features.to(project.linear_1.weight.dtype), project)
+        images = compressors.ImageFeatures(patch_features.to(compute_dtype(project, self.dtype)), project)
     elif pixel_values is not None:
         layer, strategy = kwargs.get("vision_feature_layer"), kwargs.get("vision_feature_select_strategy")
         images = vision_tower.image_features(self, method, pixel_values, layer, strategy, applied.tower_run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlavaConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
@@ -170,6 +170,12 @@ def attention_of_last_rows(
         future = torch.ones(n_last, length, dtype=torch.bool, device=scores.device).triu(length - n_last + 1)
         rows.append(scores.masked_fill(future, float("-inf")).softmax(dim=-1))
     return torch.stack(rows, dim=1)
+
+
+def compute_dtype(module: nn.Module, other: torch.dtype) -> torch.dtype:
+    """The dtype that a module computes in: of its first weight in floating point, else `other`. Quantised weights (int8, packed
+    4 bits) say nothing; their biases do."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), other)
 
 
 NO_CLASS_TOKEN = ("efficientnet_lite", "siglip_vision_model")  # towers whose features are patches and nothing else

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from htc_vlm.applied.hf_compat import compute_dtype
 from htc_vlm.compressors import Compressor, ImageFeatures, TowerView
 from htc_vlm.ops.merge import TokenMerge, bipartite_soft_matching
 
@@ -134,7 +135,7 @@ def image_features(
     if method.reads_tower:
         view = class_view(llava.vision_tower.encoder.layers[index - 1], states[index - 1], states[index])
     return ImageFeatures(
-        features=torch.cat(chosen, dim=-1).to(llava.multi_modal_projector.linear_1.weight.dtype),
+        features=torch.cat(chosen, dim=-1).to(compute_dtype(llava.multi_modal_projector, llava.dtype)),
         project=llava.multi_modal_projector,
         tower=view,
         merged=None if run is None else run.of_patches(),

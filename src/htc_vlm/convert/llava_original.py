@@ -75,6 +75,16 @@ def options_of(path: str | os.PathLike[str], vision: str | os.PathLike[str] | No
     return llava_options(config, _vision_config(config, _tower_folder(config, vision)))
 
 
+def check_layout(path: Any) -> None:
+    """ValueError for a folder in the original layout, which Hugging Face's classes would fill with random weights."""
+    folder = Path(str(path))
+    if path is not None and (folder / "config.json").is_file() and is_original_layout(folder):
+        raise ValueError(
+            f"{path} is in the layout of the original LLaVA code; convert it first: htc-vlm convert {path} --compressor none "
+            "--output NEW"
+        )
+
+
 def read(path: str | os.PathLike[str], vision: str | os.PathLike[str] | None = None) -> Original:
     """Everything of an original folder. vision: a CLIP folder, needed where the checkpoint holds no vision tower.
 

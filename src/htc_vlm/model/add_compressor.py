@@ -27,6 +27,7 @@ from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
 from htc_vlm.model.load_report import holds_weights, without_load_report
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 from htc_vlm.quantizers.mgvq import MGVQ
 
@@ -83,6 +84,7 @@ def with_compressor(
         )  # fmt: skip
     _check_fit(path, info)
     check_defaults(model.generation_config, path)
+    check_decoder(model)
     if base.state is not None:  # the original's generate never meets <image>; ours could write it
         model.generation_config.suppress_tokens = [model.config.image_token_id]
     if model.model.compressor.n_bottleneck:

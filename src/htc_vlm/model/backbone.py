@@ -23,10 +23,12 @@ from htc_vlm import compressors
 from htc_vlm.applied import hf_compat
 from htc_vlm.applied.hf_compat import n_patches
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
+from htc_vlm.convert.llava_original import check_layout
 from htc_vlm.files import open_to_umask
-from htc_vlm.model import fast_prefill, reading
+from htc_vlm.model import fast_prefill, reading, unfilled
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import drop_ignored
+from htc_vlm.model.movable import check_movable
 from htc_vlm.model.prefusion import ImagesToFuse, fuse
 from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import TokenLayout
@@ -54,9 +56,14 @@ class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; checkpoints named as LLaVA's on the hub are understood too."""
+        """As transformers'; checkpoints named as LLaVA's on the hub are understood too. What no checkpoint holds is filled in
+        (unfilled.py). ValueError for a folder in the layout of the original LLaVA code, before a model is built."""
         kwargs.setdefault("key_mapping", HUB_NAMES)
-        return super().from_pretrained(*args, **kwargs)
+        check_layout(kwargs.get("pretrained_model_name_or_path", args[0] if args else None))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        unfilled.fill(model, info["missing_keys"], sizes_of(model.config))
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names. Generation
@@ -136,7 +143,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
         images = ImageFeatures(
-            features=patch_features.to(self.multi_modal_projector.linear_1.weight.dtype),
+            features=patch_features.to(hf_compat.compute_dtype(self.multi_modal_projector, self.dtype)),
             project=self.multi_modal_projector,
             pixels=None if pixel_values is None else self.denormalise(pixel_values),
             codes=image_codes,
@@ -199,6 +206,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             images = (mm_encoder_outputs or {}).get("image")
             if images is not None:
                 return self._read_apart(input_ids, images, attention_mask, position_ids, question_ids, kwargs)
+        if self.compressor.n_bottleneck and input_ids is not None and input_ids.shape[1] > 1:
+            check_movable(self.compressor.name, self.language_model, input_ids.shape[1])
         has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
         if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -357,6 +366,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         """(N, C, D) visual tokens -> their kv (N, layers, 2, kv heads, K, head_dim): the language model's part of
         `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_prefill.py where it applies,
         "fast" refuses (ValueError) where it does not."""
+        check_movable(self.compressor.name, self.language_model, visual.shape[1] + self.compressor.n_bottleneck)
         if self.compressor.reads_apart:
             n_entries = self.compressor.n_bottleneck if n_entries is None else n_entries
             return reading.read(self.language_model, self.compressor, visual, n_entries, path)

@@ -22,6 +22,7 @@ from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
 from htc_vlm.model.image_slots import Placed, place
 from htc_vlm.model.look_maps import byte_maps
+from htc_vlm.model.movable import check_movable
 from htc_vlm.model.recipe import Recipe, recipe_of
 from htc_vlm.ops import rope
 
@@ -70,10 +71,11 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
                 f"n_entries is {n_entries}; {self.model.compressor.name!r} with these settings compresses an image into "
                 f"{', '.join(map(str, budgets))}"
             )
+        made_by = self.recipe(image_processor).digest  # refuses weights that are not here, before anything is computed
         visual = self.visual_tokens(pixel_values, patch_features, image_codes)
         kv = self.model.compress_visual(visual, path=path, n_entries=n_entries)
         seen = byte_maps(self.config.compressor, self._attention_over(visual)) if maps else None
-        return CompressedImages(kv, self.recipe(image_processor).digest, visual.shape[1], seen)
+        return CompressedImages(kv, made_by, visual.shape[1], seen)
 
     @torch.no_grad()
     def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         images = self.model.get_image_features(
             pixel_values=pixel_values, patch_features=patch_features, image_codes=image_codes
         ).pooler_output
-        return torch.stack(list(images)).to(self.get_input_embeddings().weight.dtype)
+        return torch.stack(list(images)).to(hf_compat.compute_dtype(self.get_input_embeddings(), self.dtype))
 
     def _need_bottleneck(self) -> None:
         if not self.model.compressor.n_bottleneck:
@@ -217,6 +219,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             image_token_id=self.config.image_token_id,
             bottleneck_token_id=self.model._bottleneck_id(),
         )
+        check_movable(compressor.name, self.model.language_model, int(placed.text_position.max()) + 1)
         keys, values = self._gather_cells(placed, compressed)
         batch, n_cells = placed.is_slot.shape[0], keys.shape[3]
         is_cell = placed.is_slot.repeat_interleave(compressed.n_bottleneck, dim=1)
@@ -245,8 +248,8 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         image, position = placed.image, placed.slot_position
         if placed.alike:
             image, position = image[:1], position[:1]
-        embedding = self.get_input_embeddings().weight
-        kv = compressed.kv.to(embedding.device, embedding.dtype)
+        embedding = self.get_input_embeddings()
+        kv = compressed.kv.to(embedding.weight.device, hf_compat.compute_dtype(embedding, self.dtype))
         chosen = kv if placed.alike else kv[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
         inv_freq = self.model.language_model.rotary_emb.inv_freq
         keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(kv.device), position.flatten())

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from htc_vlm.model import adapter as adapters
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
@@ -85,6 +86,7 @@ def _load(
         raise ValueError(
             f"{folder}: weights do not fit its config.json, e.g. {wrong[0]}; convert it with `htc-vlm convert`"
         )
+    check_decoder(model)
     processor = load_processor(folder, model.config)
     model.image_processor = processor.image_processor
     return model.eval(), processor

@@ -182,7 +182,8 @@ def no_image_and_two_images_work(case: Case) -> None:
     same = text_logits(model, two, pixel_values=pixels(1).repeat(2, 1, 1, 1))
     different = text_logits(model, two, pixel_values=pixels(2))
     assert all(bool(torch.isfinite(x).all()) for x in (*none, *same, *different))
-    assert_close([same[0][0]], [different[0][0]])  # before the second image
+    if not model.model.compressor.n_fusion:  # whose words have all read all images before the language model begins
+        assert_close([same[0][0]], [different[0][0]])  # before the second image
     assert (same[0][-1] - different[0][-1]).abs().max() > 1e-3
 
 
