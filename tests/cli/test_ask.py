@@ -204,14 +204,17 @@ def test_text_output_holds_the_questions_and_both_costs() -> None:
     ]
 
 
-def test_a_model_without_a_bottleneck_answers_but_keeps_nothing(picture: str, tmp_path: Path, capsys: Capture) -> None:
-    """The upper bound may be asked; --save and --heatmap say that it has no cells, before anything is computed."""
+def test_a_model_without_a_bottleneck_keeps_prefixes_and_draws_no_map(picture: str, tmp_path: Path, capsys: Capture) -> None:
+    """The upper bound may be asked, and its pictures kept with all their tokens; --heatmap says that there is no bottleneck."""
     model = ["--model", str(tiny.checkpoint(tiny.NONE))]
     assert asked(capsys, picture, *tiny.QUESTIONS, *model)[0] == 0
-    for option in ("--save", "--heatmap"):
-        code, out, lines = asked(capsys, picture, "what ?", *model, option, str(tmp_path / "x.png"))
-        assert (code, out) == (2, "") and "has no bottleneck" in lines[-1]
+    code, out, lines = asked(capsys, picture, "what ?", *model, "--heatmap", str(tmp_path / "x.png"))
+    assert (code, out) == (2, "") and "has no bottleneck" in lines[-1]
     assert not (tmp_path / "x.png").exists()
+    assert asked(capsys, picture, *model, "--save", str(tmp_path / "kept"))[0] == 0
+    code, again, _ = asked(capsys, "--from", str(tmp_path / "kept"), tiny.QUESTIONS[0], *model)
+    at_once = asked(capsys, picture, tiny.QUESTIONS[0], *model)[1]
+    assert code == 0 and again.split("->")[1] == at_once.split("->")[1]
 
 
 def test_timing_leaves_random_numbers_alone() -> None:
@@ -285,7 +288,7 @@ def test_methods_budgets_and_devices_that_cannot_work_are_refused(picture: str, 
     """Before anything is computed."""
     none = ["--model", str(tiny.checkpoint(tiny.NONE))]
     cases = {
-        ("--method", "fastv", "--save", str(tmp_path / "x")): "--save is about a bottleneck; leave it out with --method",
+        ("--method", "fastv", "--save", str(tmp_path / "x")): "fastv chooses by the question",
         ("--method", "fastv", "--verbose"): "--verbose is about a bottleneck",
         ("--budget", "2"): "--budget sets the settings of a --method; name one",
         ("--method", "fastvv"): "fastvv",

@@ -80,10 +80,11 @@ def check(request: Request, options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
-    for name in ("save", "load", "heatmap", "verbose"):
+    for name in ("heatmap", "verbose"):
         if options.method is not None and getattr(options, name):
-            option = "--from" if name == "load" else f"--{name}"
-            raise ValueError(f"{option} is about a bottleneck; leave it out with --method ({options.method})")
+            raise ValueError(f"--{name} is about a bottleneck; leave it out with --method ({options.method})")
+    if options.method is not None and options.load is not None:
+        raise ValueError("what is kept in a file was made with its method; leave out --method with --from")
     read = [*request.pictures, *([options.load] if options.load is not None else [])]
     if options.save is not None:
         check_output(options.save, options.force, read)
@@ -136,16 +137,27 @@ class Asked:
 
     def __init__(self, options: argparse.Namespace, questions: list[str]) -> None:
         from htc_vlm import load
+        from htc_vlm.model import prefix_cache
         from htc_vlm.model.answering import Answerer
         from htc_vlm.model.loading import to_device
+        from htc_vlm.model.stock_answering import StockAnswerer, is_stock
 
         self.model, self.processor = load(options.model)
         to_device(self.model, options.device)
-        if (options.save or options.load or options.heatmap) and not self.model.model.compressor.n_bottleneck:
-            told = "has no bottleneck, which --save, --from and --heatmap need; use e.g. tiny"
-            raise ValueError(f"model {options.model!r} {told}")
-        self.method = applied_method(options.method, options.budget, self.model)
-        self.answerer = Answerer(self.model, self.processor)
+        is_cached = options.save is not None or options.load is not None
+        has_bottleneck = prefix_cache.own_bottleneck(self.model)
+        if (options.heatmap or options.verbose) and is_stock(self.model):
+            told = f"which {options.model!r} does not have; use e.g. tiny"
+            raise ValueError(f"--heatmap and --verbose are about a bottleneck, {told}")
+        if options.heatmap and not has_bottleneck:
+            raise ValueError(f"model {options.model!r} has no bottleneck, which --heatmap needs; use e.g. tiny")
+        if is_stock(self.model) or (is_cached and not has_bottleneck):
+            self.method, self.is_prefix = None, True
+            method = stock_method(options.method, options.budget)
+            self.answerer: Any = StockAnswerer(self.model, self.processor, method, one_file=options.save is not None)
+        else:
+            self.method, self.is_prefix = applied_method(options.method, options.budget, self.model), False
+            self.answerer = Answerer(self.model, self.processor)
         for question in questions:
             unknown = self.answerer.unknown_words(question)
             if unknown:
@@ -162,6 +174,18 @@ class Asked:
         with apply(self.model, **self.method) as applied:
             self.answerer.keep_pixels = applied.method.acts_in_tower
             yield self.answerer
+
+
+def stock_method(text: str | None, n_tokens: float | None) -> dict[str, Any] | None:
+    """--method and --budget as `apply` takes them, which fits a budget to each picture."""
+    from htc_vlm.cli.eval import parse_compressor
+
+    method = parse_compressor(text)
+    if n_tokens is not None:
+        if method is None:
+            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
+        method = {"budget": n_tokens, **method}
+    return method
 
 
 def applied_method(text: str | None, n_tokens: float | None, model: Any) -> dict[str, Any] | None:
@@ -198,7 +222,10 @@ def answer(
     with asked.applied() as answerer:
         if options.load is not None:
             album = CompressedImages.load(options.load)
-            album.check_made_by(asked.model.recipe().digest)
+            if album.prompt is None and asked.is_prefix:
+                raise ValueError(f"{options.load} was kept by a bottleneck, and {options.model!r} has no bottleneck")
+            if album.prompt is None:  # otherwise `generate` checks it, with the prompt
+                album.check_made_by(asked.model.recipe().digest)
             for begin in range(0, len(album), options.batch_size):
                 encoded = album[begin : begin + options.batch_size].to(asked.model.device)
                 names = [f"{options.load.name}[{begin + i}]" for i in range(len(encoded))]

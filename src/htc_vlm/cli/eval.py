@@ -112,14 +112,25 @@ def run(argv: list[str]) -> int:
         raise ValueError("; ".join(refused.values()) or "--task names no task")
 
     from htc_vlm import apply, load
+    from htc_vlm.cli.ask import stock_method
     from htc_vlm.model.answering import Answerer
+    from htc_vlm.model.recipe import recipe_of
+    from htc_vlm.model.stock_answering import StockAnswerer, is_stock
 
     model, processor = load(args.model, compressor=parse_compressor(args.compressor))
-    method = _method(args, model)
-    config = {"model": args.model, "compressor": model.config.compressor, "recipe": model.recipe().digest}
+    if is_stock(model):
+        method = stock_method(args.method, args.budget)
+        recipe = recipe_of(model, getattr(processor, "image_processor", None)).digest
+        config = {"model": args.model, "compressor": {"name": "none"}, "recipe": recipe}
+    else:
+        method = _method(args, model)
+        config = {"model": args.model, "compressor": model.config.compressor, "recipe": model.recipe().digest}
     model.to(args.device).eval()
-    with nullcontext() if method is None else apply(model, **method) as applied:
-        answerer = Answerer(model, processor, keep_pixels=applied is not None and applied.method.acts_in_tower)
+    with nullcontext() if method is None or is_stock(model) else apply(model, **method) as applied:
+        keep_pixels = applied is not None and applied.method.acts_in_tower
+        answerer: Any = (
+            StockAnswerer(model, processor, method) if is_stock(model) else Answerer(model, processor, keep_pixels=keep_pixels)
+        )
         for task in (task for task in tasks if task.name in items):
             try:
                 result = run_task(

@@ -23,6 +23,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from htc_vlm.eval.run import Ask
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import load
+from htc_vlm.model.stock_answering import StockAnswerer, is_stock
+from htc_vlm.settings import budget as as_budget
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # Generation settings that greedy decoding satisfies; any other value is refused.
@@ -92,7 +94,11 @@ def read_request(request: Instance, task_dict: Mapping[str, Any]) -> Question:
 
 
 class HtcVlm(lmms):
-    """pretrained: a shipped checkpoint's name or a folder; compressor: another method for these weights."""
+    """pretrained: a shipped checkpoint's name or a folder; compressor: another method for these weights.
+
+    method, budget: applied to the uncompressed model, in any family that `apply` knows; budget is a number of visual
+    tokens or a share of them.
+    """
 
     is_simple = False
 
@@ -103,10 +109,21 @@ class HtcVlm(lmms):
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        method: str | None = None,
+        budget: float | str | None = None,
     ) -> None:
         super().__init__()
         model, processor = load(pretrained, compressor=None if compressor is None else {"name": compressor})
-        self.answerer = Answerer(model.to(device or "cpu").eval(), processor)
+        model.to(device or "cpu").eval()
+        if method is None and budget is not None:
+            raise ValueError("budget sets the settings of a method; name one, e.g. method=fastv")
+        if method is not None or is_stock(model):
+            applied: dict[str, Any] | None = None if method is None else {"name": method}
+            if applied is not None and budget is not None:
+                applied["budget"] = as_budget(str(budget))
+            self.answerer: Any = StockAnswerer(model, processor, applied)
+        else:
+            self.answerer = Answerer(model, processor)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

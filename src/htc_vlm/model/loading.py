@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from htc_vlm.applied.families import family_of
 from htc_vlm.model import adapter as adapters
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 
+OURS = ("llava", "htc_vlm")
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -33,8 +37,9 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
-    """`load("tiny")`, or the folder of any LLaVA or HTC-VLM checkpoint -> (model in eval mode, processor).
+    """`load("tiny")`, or the folder of a checkpoint -> (model in eval mode, processor).
 
+    LLaVA-1.5 and HTC-VLM checkpoints become ours; other vision-language models are transformers' own (`families`).
     compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
     lower bound). adapter: a folder that `save_adapter` wrote; the base answers text and whole images as without it
     (`without_compression(model)`), and from compressed ones. kwargs go to from_pretrained. FileNotFoundError, or ValueError
@@ -74,6 +79,8 @@ def _load(
         model, processor = with_compressor(folder, compressor, dtype=dtype)
         model.image_processor = processor.image_processor
         return model.eval(), processor
+    if model_type(folder) not in OURS:
+        return _load_stock(folder, dtype, kwargs)
     try:
         model, info = HtcVlmForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -90,6 +97,21 @@ def _load(
     processor = load_processor(folder, model.config)
     model.image_processor = processor.image_processor
     return model.eval(), processor
+
+
+def model_type(folder: Path) -> str:
+    """What config.json says a checkpoint is."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+
+
+def _load_stock(folder: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
+    """transformers' own model and processor. ValueError for a model that `apply` finds no way in."""
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: damaged weights ({error}); copy the checkpoint again") from error
+    family_of(model)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:

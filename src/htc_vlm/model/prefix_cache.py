@@ -183,8 +183,8 @@ def split(processor: Any, text: str) -> Asked:
     return Asked(list(processor.tokenizer(before)["input_ids"]), ids_after, text, [])
 
 
-def read(model: Any, processor: Any, asked: Asked, image: Any) -> dict[str, Tensor]:
-    """The processor's inputs for one prompt about one picture, up to its image; `tail`, the ids behind it."""
+def read(model: Any, processor: Any, asked: Asked, image: Any, whole: bool = False) -> dict[str, Tensor]:
+    """The processor's inputs for one prompt about one picture: `whole`, or up to its image and as `tail` the ids behind."""
     if asked.text is None:
         inputs = dict(processor(images=[image], return_tensors="pt"))
         inputs["input_ids"] = torch.tensor([asked.ids])
@@ -195,10 +195,11 @@ def read(model: Any, processor: Any, asked: Asked, image: Any) -> dict[str, Tens
     if not len(is_visual):
         raise ValueError("the processor wrote no visual token into the prompt; does its image token fit the model?")
     n = int(is_visual[-1]) + 1
-    inputs["tail"] = ids[:, n:]
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if name in inputs:
-            inputs[name] = inputs[name][:, :n]
+    if not whole:
+        inputs["tail"] = ids[:, n:]
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, :n]
     kept = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     return {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in kept.items()}
 
