@@ -25,7 +25,7 @@ from htc_vlm.eval.score import (
     vqa_accuracy,
 )
 
-OFFICIAL = json.loads((Path(__file__).parents[1] / "golden" / "official" / "dev_scorers.json").read_text(encoding="utf-8"))
+OFFICIAL = json.loads((Path(__file__).parents[1] / "golden" / "official" / "scorers.json").read_text(encoding="utf-8"))
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "vqa_eval.json").read_text(encoding="utf-8"))
 
 

@@ -3,7 +3,7 @@
 Source:  VQA: GT-Vision-Lab/VQA vqaEval.py (version 2 of the punctuation list); TextVQA: the EvalAI processor that
          LLaVA's m4c_evaluator.py uses; POPE: AoiDragon/POPE evaluate.py, as in LLaVA's eval_pope.py; MME: the
          official eval_tool/calculation.py; ScienceQA, SEED, GQA: LLaVA's eval_science_qa.py and convert scripts;
-         MMBench: open-compass/VLMEvalKit can_infer and its circular rule. tests/golden/official/dev_scorers.json holds
+         MMBench: open-compass/VLMEvalKit can_infer and its circular rule. tests/golden/official/scorers.json holds
          what these scripts read in 221 predictions; each reader here gives the same.
 Differs: nothing is dropped from a denominator: an unreadable answer is wrong. MMBench's last resort (asking a chat
          model which option was meant) is left out, so an answer without a readable option is wrong there too.
