@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from htc_vlm.data.collate import Collator
 from htc_vlm.data.conversations import Record
+from htc_vlm.files import umask
 from htc_vlm.train import run_record, setup
 from htc_vlm.train.held_out import HeldOut, hold_out
 from htc_vlm.train.loop import LoopSettings, StageTrainer, _arguments
@@ -341,3 +342,15 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             train(tmp_path / "run", device="cuda")
+
+
+def test_a_finished_adapter_run_trains_no_further(tmp_path: Path) -> None:
+    """It leaves an adapter and no model; a script that starts all stages again must not train it further."""
+    block = {"compressor": {"name": "readers", "n_readers": 2}, "trains": "adapter", "steps": 1, "save_every": 1}
+    preset = own_preset(data(), stages={"compress": block})
+    train(tmp_path / "run", "compress", preset)
+    files = list((tmp_path / "run" / "adapter").iterdir())
+    before = {path.name: path.stat().st_mtime_ns for path in files}
+    assert train(tmp_path / "run", "compress", preset)["steps"] == 1
+    assert {path.name: path.stat().st_mtime_ns for path in files} == before and len(files) == 2
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask()}

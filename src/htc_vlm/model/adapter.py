@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from htc_vlm.files import replacing, write_json
 from htc_vlm.model.weights_digest import weights_digest
 
 NAME = "image_reader"  # of the PEFT adapter
@@ -97,8 +98,9 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"compressor": model.config.compressor, **model.adapter}
-    save_file({name: value.contiguous() for name, value in weights(model).items()}, folder / WEIGHTS)
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    with replacing(folder / WEIGHTS) as partial:
+        save_file({name: value.contiguous() for name, value in weights(model).items()}, partial)
+    write_json(folder / ABOUT, about, indent=1)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,10 @@ FILE = "run.json"
 # What may change between two starts of one run: it changes no weights.
 FREE = ("save_every", "log_every", "measure_every", "workers", "compile")
 # What a run writes into its folder, and what tells a run's folder from any other.
-WRITES = ("model", "preset.json", "report.json", "metrics.jsonl", "loss.png", "config.json", "model.safetensors", "training.pt")
+WRITES = (
+    "model", "adapter", "preset.json", "report.json", "metrics.jsonl", "loss.png", "config.json", "model.safetensors",
+    "training.pt",
+)  # fmt: skip
 OLD_RUN = ("checkpoint-*/trainer_state.json", "preset.json", "training.pt", "checkpoint-*", "metrics.jsonl")
 
 
@@ -68,9 +71,10 @@ def refuse_foreign(output: Path) -> None:
 
 
 def finished(output: Path, steps: int) -> dict[str, Any] | None:
-    """The report of a run that is done (model and all steps), or None."""
+    """The report of a run that is done (model or adapter, and all steps), or None. The report is written last."""
     report = output / "report.json"
-    if not report.is_file() or not (output / "model" / "config.json").is_file():
+    left = (output / "model" / "config.json", output / "adapter" / "adapter.json")
+    if not report.is_file() or not any(file.is_file() for file in left):
         return None
     found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return found if found.get("steps") == steps else None

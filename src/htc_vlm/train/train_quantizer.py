@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from htc_vlm.files import write_json
 from htc_vlm.quantizers.mgvq import MGVQ, code_statistics
 
 Pictures = npt.NDArray[np.uint8]  # (N, H, W, 3); a memory map works
@@ -117,7 +118,7 @@ def train_tokenizer(
     sample = pictures[:: max(1, len(pictures) // 256)][:256]
     unseen = None if held_out is None else tokenizer_quality(model, held_out)
     report = TokenizerReport(settings.steps, start, tokenizer_quality(model, sample), unseen)
-    (output / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_json(output / REPORT_FILE, asdict(report))
     return report
 
 
