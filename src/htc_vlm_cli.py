@@ -25,6 +25,7 @@ COMMANDS = {
     "ask": "ask questions about pictures, each squeezed into one cached token",
     "compress": "compress pictures into a file that questions can be asked of later",
     "store": "keep compressed pictures on disk: add, get, list, remove, verify, compact, merge, export",
+    "batch": "ask many questions about many pictures, on this machine or on Ray",
     "data": "build or verify a data set, offline",
     "train": "train a stage of a preset; start again to resume",
     "eval": "answer a task's questions and write a result file",

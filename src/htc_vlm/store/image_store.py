@@ -165,10 +165,20 @@ class ImageStore:
 
         ValueError for images of another recipe. Rows of one shard are committed in groups of 32.
         """
+        self._need_writable()
         images.check_made_by(self.about.recipe.digest)
         keys = [_id(one) for one in ids]
         named = [(name, id) for name, id in zip(names or [None] * len(keys), keys, strict=True) if name is not None]
         self._shards.write(self._rows(keys, self._as_stored(images)), named)
+
+    def name(self, names: Iterable[tuple[str, str]]) -> None:
+        """Give names to images: (name, id). A name that another image has goes to the new one."""
+        self._need_writable()
+        self._shards.write([], [(name, _id(id)) for name, id in names])
+
+    def intact(self, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that are there and undamaged."""
+        return {id.hex() for id in self._shards.intact([_id(one) for one in ids])}
 
     def _as_stored(self, images: CompressedImages) -> CompressedImages:
         about = self.about

@@ -353,7 +353,7 @@ class Shards:
     def _open(self, path: Path) -> sqlite3.Connection:
         options = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False, "uri": True}
         uri = path.absolute().as_uri()
-        if self.read_only:
+        if not os.access(self.folder, os.W_OK):  # no log can be made beside it: nobody writes, or somebody else
             log = path.with_name(path.name + "-wal")
             is_quiet = not log.exists() or not log.stat().st_size
             db = sqlite3.connect(uri + ("?mode=ro&immutable=1" if is_quiet else "?mode=ro"), **options)  # type: ignore[call-overload]
@@ -363,7 +363,9 @@ class Shards:
         if version > SCHEMA:
             db.close()
             raise ValueError(f"{self.folder}: a store of schema {version}; this htc-vlm knows {SCHEMA}: install a newer one")
-        if not self.read_only:
+        if self.read_only:
+            db.execute("PRAGMA query_only = ON")
+        else:
             _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
             db.execute("PRAGMA synchronous = FULL")
             if version < SCHEMA:

@@ -1,0 +1,126 @@
+"""What a batch run has done: rows committed with their answers, so that a killed run goes on and every row is there once.
+
+Source:  ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from htc_vlm.files import replacing
+
+FILE = "answers.sqlite"
+FORMATS = ("jsonl", "parquet")
+TABLES = """
+CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (place INTEGER NOT NULL, number INTEGER NOT NULL, path TEXT NOT NULL, id TEXT NOT NULL,
+    question TEXT NOT NULL, answer TEXT NOT NULL, error TEXT NOT NULL, PRIMARY KEY (path, number));
+"""
+
+
+class Journal:
+    """The rows of one output folder. Use it in a `with` block: one run at a time may write to a folder."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """about: what must be the same when the run goes on. ValueError where it is not, or another run is at work."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._lock: IO[str] = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(f"{folder}: another batch run is writing here; wait for it, or give another --output") from error
+        self._db = sqlite3.connect(folder / FILE, isolation_level=None, timeout=60)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(TABLES)
+        self._check(about)
+
+    def _check(self, about: Mapping[str, Any]) -> None:
+        before = {key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM about")}
+        differ = [key for key in about if key in before and before[key] != json.loads(json.dumps(about[key]))]
+        if differ:
+            self.close()
+            raise ValueError(f"{self.folder}: was begun with other {', '.join(differ)}; give another --output")
+        values = [(key, json.dumps(value)) for key, value in about.items()]
+        self._db.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", values)
+
+    def done(self) -> set[str]:
+        """Names of the pictures whose rows are all there: they are committed together."""
+        return {path for (path,) in self._db.execute("SELECT DISTINCT path FROM answers")}
+
+    def add(self, rows: Mapping[str, Sequence[Any]], places: Mapping[str, int]) -> None:
+        """Commit all rows of some pictures; places: each picture's number in the source."""
+        values = [
+            (places[str(path)], int(number), str(path), str(id), str(question), str(answer), str(error))
+            for path, id, number, question, answer, error in zip(
+                *(rows[key] for key in ("path", "id", "number", "question", "answer", "error")), strict=True
+            )
+        ]
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?,?,?)", values)
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def counts(self) -> dict[str, int]:
+        """rows, pictures, and refused pictures."""
+        row = self._db.execute(
+            "SELECT count(*), count(DISTINCT path), count(DISTINCT CASE WHEN error != '' THEN path END) FROM answers"
+        ).fetchone()
+        return dict(zip(("rows", "pictures", "refused"), row, strict=True))
+
+    def reasons(self, limit: int) -> list[str]:
+        """Why pictures could not be read, in the source's order."""
+        select = "SELECT error FROM answers WHERE error != '' GROUP BY path ORDER BY min(place) LIMIT ?"
+        return [error for (error,) in self._db.execute(select, (limit,))]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows in the source's order."""
+        for path, id, question, answer, error in self._db.execute(
+            "SELECT path, id, question, answer, error FROM answers ORDER BY place, number"
+        ):
+            said = {"answer": None if error else answer, "error": error or None}
+            yield {"path": path, "id": id or None, "question": question, **said}
+
+    def write(self, kind: str) -> Path:
+        """All rows as answers.jsonl or answers.parquet: path, id, question, answer, error."""
+        path = self.folder / f"answers.{kind}"
+        with replacing(path) as partial:
+            if kind == "jsonl":
+                with partial.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
+            else:
+                _write_parquet(partial, self.rows())
+        return path
+
+    def close(self) -> None:
+        self._db.close()
+        self._lock.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    from htc_vlm.store.export import pyarrow
+
+    arrow = pyarrow()
+    schema = arrow.schema([(name, arrow.string()) for name in ("path", "id", "question", "answer", "error")])
+    with arrow.parquet.ParquetWriter(path, schema) as writer:
+        given = iter(rows)
+        while some := list(itertools.islice(given, 10_000)):
+            writer.write_table(arrow.Table.from_pylist(some, schema=schema))

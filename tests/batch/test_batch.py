@@ -1,0 +1,212 @@
+"""`htc-vlm batch`: every row once, whatever is broken and however often it is killed; both engines give the same rows."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from htc_vlm import ImageStore
+from htc_vlm.batch import local, questions, steps
+from htc_vlm.batch.journal import Journal
+from htc_vlm.batch.questions import Questions
+from htc_vlm.batch.run import run
+from htc_vlm.batch.sources import refs_of
+from htc_vlm.batch.steps import Columns, Settings
+from htc_vlm_cli import main
+
+from .. import tiny_runs as tiny
+
+ASKED = Questions(["what is it ?", "how many ?"])
+BROKEN = ("p3.png", "p5.png")
+
+
+def folder_of(path: Path, n: int = 7) -> Path:
+    """n pictures, two of them broken."""
+    path.mkdir(parents=True)
+    for i in range(n):
+        tiny.noise(i).save(path / f"p{i}.png")
+    for name in BROKEN:
+        (path / name).write_bytes(b"no picture")
+    return path
+
+
+def settings(tmp_path: Path) -> Settings:
+    return Settings(str(tiny.checkpoint(tiny.VOCO)), str(tmp_path / "store"), max_new_tokens=2)
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+
+
+def test_every_picture_and_question_is_one_row_and_errors_are_a_column(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in")
+    report = run(str(source), ASKED, tmp_path / "out", settings(tmp_path), local.engine, batch_size=3)
+    rows = rows_of(tmp_path / "out")
+    expected = [(f"p{i}.png", question) for i in range(7) for question in ASKED.for_all]
+    assert [(Path(row["path"]).name, row["question"]) for row in rows] == expected
+    assert (report.rows, report.pictures, report.refused) == (14, 7, 2)
+    for row in rows:
+        is_broken = Path(row["path"]).name in BROKEN
+        assert (row["error"] is not None) == is_broken == (row["answer"] is None) and row["id"]
+        assert not is_broken or "is not a picture" in row["error"]
+    with ImageStore.open(tmp_path / "store") as store:
+        assert len(store) == 5 and store.find(rows[0]["path"]).hex() == rows[0]["id"]
+
+
+def test_answers_are_those_of_each_picture_alone(tmp_path: Path) -> None:
+    """Answers about another picture are the one thing that must not be."""
+    from htc_vlm.model.answering import Answerer
+
+    source = folder_of(tmp_path / "in")
+    run(str(source), ASKED, tmp_path / "out", settings(tmp_path), local.engine, batch_size=4)
+    answerer = Answerer(*tiny.loaded(tiny.VOCO))
+    with ImageStore.open(tmp_path / "store") as store:
+        for row in rows_of(tmp_path / "out"):
+            if not row["error"]:
+                alone = answerer.ask(store.get([row["id"]]), [0], [row["question"]], 2)[0]
+                assert row["answer"] == alone
+    assert any(row["answer"] for row in rows_of(tmp_path / "out"))
+
+
+def _stops(batches: Sequence[Columns], given: Settings, after: int, hard: bool) -> Iterator[Columns]:
+    for number, rows in enumerate(local.engine(batches, given)):
+        if number == after:
+            if hard:
+                os._exit(9)  # as kill -9: nothing is cleaned up
+            raise KeyboardInterrupt
+        yield rows
+
+
+def test_a_run_that_was_killed_twice_has_every_row_once(tmp_path: Path) -> None:
+    """Rows lost, written twice, or pictures compressed again."""
+    source, given = folder_of(tmp_path / "in"), settings(tmp_path)
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(str(source), ASKED, tmp_path / "out", given, functools.partial(_stops, after=1, hard=True), 2)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    with pytest.raises(KeyboardInterrupt):
+        run(str(source), ASKED, tmp_path / "out", given, functools.partial(_stops, after=1, hard=False), 2)
+    report = run(str(source), ASKED, tmp_path / "out", given, local.engine, 2)
+    assert report.done_now == 3 and report.rows == 14
+    rows = rows_of(tmp_path / "out")
+    assert len({(row["path"], row["question"]) for row in rows}) == len(rows) == 14
+    again = run(str(source), ASKED, tmp_path / "out", given, local.engine, 2)
+    assert again.done_now == 0 and rows_of(tmp_path / "out") == rows
+
+
+def test_pictures_in_the_store_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second round of questions costs no picture."""
+    source, given = folder_of(tmp_path / "in"), settings(tmp_path)
+    run(str(source), ASKED, tmp_path / "out", given, local.engine)
+    seen: list[str] = []
+    real = steps._picture
+    monkeypatch.setattr(steps, "_picture", lambda content, name: seen.append(Path(name).name) or real(content, name))  # type: ignore[func-returns-value]
+    run(str(source), Questions(["where is it ?"]), tmp_path / "more", given, local.engine)
+    assert sorted(seen) == sorted(BROKEN) and len(rows_of(tmp_path / "more")) == 7
+
+
+def test_rows_of_picture_and_question_are_asked_as_they_are(tmp_path: Path) -> None:
+    """Named as in the source, below it, or by file name; a picture that is not there is a row with its error."""
+    source = folder_of(tmp_path / "in")
+    file = tmp_path / "rows.jsonl"
+    pairs = [("p1.png", "what is it ?"), (str(source / "p2.png"), "how many ?"), ("p1.png", "where ?"), ("gone.png", "what ?")]
+    file.write_text("".join(json.dumps({"picture": p, "question": q}) + "\n" for p, q in pairs))
+    report = run(str(source), questions.read(file), tmp_path / "out", settings(tmp_path), local.engine)
+    rows = rows_of(tmp_path / "out")
+    asked = {(Path(row["path"]).name, row["question"]) for row in rows}
+    assert asked == {(Path(p).name, q) for p, q in pairs} and len(rows) == 4 and report.refused == 1
+    assert rows[-1]["error"] == "gone.png: is not among the pictures of the source"
+
+
+def test_tars_parquet_and_lists_are_sources(tmp_path: Path) -> None:
+    """The same bytes have the same id wherever they lie."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source = folder_of(tmp_path / "in", 6)
+    files = sorted(source.iterdir())
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
+        for file in files:
+            tar.add(file, file.name)
+            text = tarfile.TarInfo(f"{file.stem}.json")
+            tar.addfile(text, io.BytesIO(b""))
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    table = arrow.table({"image": images, "id": [file.name for file in files]})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=4)
+    (tmp_path / "list.txt").write_text("".join(f"in/{file.name}\n" for file in files))
+    expected = [file.read_bytes() for file in files]
+    for given in (tmp_path / "shard-*.tar", tmp_path / "x.parquet", tmp_path / "list.txt", tmp_path / "in"):
+        refs = refs_of(str(given))
+        assert [ref.read() for ref in refs] == expected and [Path(ref.name).name for ref in refs] == [f.name for f in files]
+    assert len(refs_of(str(tmp_path))) == 18  # pictures, tars and parquet files of a folder
+    run(str(tmp_path / "x.parquet"), ASKED, tmp_path / "out", settings(tmp_path), local.engine, kind="parquet")
+    rows = parquet.read_table(tmp_path / "out" / "answers.parquet").to_pylist()
+    assert len(rows) == 12 and sum(row["error"] is not None for row in rows) == 4
+
+
+def test_what_cannot_be_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, model = folder_of(tmp_path / "in"), str(tiny.checkpoint(tiny.VOCO))
+    (tmp_path / "q.txt").write_text("what is it ?\n\nhow many ?\n")
+    (tmp_path / "mixed.jsonl").write_text('{"question": "what ?"}\n{"picture": "a.png", "question": "what ?"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"question": "what ?"}\n{oops\n')
+    (tmp_path / "empty").mkdir()
+    base = ["batch", str(source), "--store", str(tmp_path / "s"), "--output", str(tmp_path / "o"), "--model", model]
+    asked = ["--questions", str(tmp_path / "q.txt")]
+    assert main([*base, *asked, "--workers", "0", "--max-new-tokens", "1"]) == 1  # two broken pictures
+    cases = {
+        "was begun with other max_new_tokens; give another --output": [*base, *asked, "--max-new-tokens", "3"],
+        "no such file of questions": [*base, "--questions", "nowhere.txt"],
+        "mixed.jsonl: some rows name a picture and some do not": [*base, "--questions", str(tmp_path / "mixed.jsonl")],
+        "bad.jsonl, line 2: is no JSON": [*base, "--questions", str(tmp_path / "bad.jsonl")],
+        "--batch-size is 0": [*base, *asked, "--batch-size", "0"],
+        "no pictures there": ["batch", str(tmp_path / "empty"), *base[2:], *asked],
+        "has no bottleneck": [*base[:-1], str(tiny.checkpoint(tiny.NONE)), *asked],
+    }
+    for message, words in cases.items():
+        capsys.readouterr()
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert message in err and len([line for line in err.splitlines() if line.startswith("htc-vlm batch:")]) == 1
+
+
+def test_one_run_at_a_time_writes_to_an_output(tmp_path: Path) -> None:
+    """Two runs would interleave their rows."""
+    with Journal(tmp_path / "o", {}), pytest.raises(ValueError, match="another batch run is writing here"):
+        Journal(tmp_path / "o", {})
+    with Journal(tmp_path / "o", {}):
+        pass
+
+
+@pytest.mark.slow
+def test_ray_gives_the_rows_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two actors, each with a store of its own, merged; a second run finds nothing to do. Ray is the real one."""
+    ray = pytest.importorskip("ray")
+    from htc_vlm.batch import on_ray
+
+    monkeypatch.setenv("HTC_VLM_RAY_CPUS", "4")
+    source = folder_of(tmp_path / "in", 24)
+    run(str(source), ASKED, tmp_path / "local", settings(tmp_path / "a"), local.engine, 4)
+    try:
+        engine = functools.partial(on_ray.engine, n_actors=2)
+        run(str(source), ASKED, tmp_path / "ray", settings(tmp_path / "b"), engine, 4)
+        assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "local")
+        with ImageStore.open(tmp_path / "a" / "store") as a, ImageStore.open(tmp_path / "b" / "store") as b:
+            assert sorted(a.list()) == sorted(b.list()) and not Path(f"{b.path}.workers").exists()
+            assert b.find(rows_of(tmp_path / "ray")[0]["path"])
+        assert run(str(source), ASKED, tmp_path / "ray", settings(tmp_path / "b"), engine, 4).done_now == 0
+        ray.shutdown()
+        monkeypatch.setenv("HTC_VLM_RAY_CPUS", "3")
+        with pytest.raises(ValueError, match="Ray has 3 CPUs; with fewer than 4 it can wait for ever"):
+            run(str(source), ASKED, tmp_path / "other", settings(tmp_path / "b"), engine, 4)
+    finally:
+        ray.shutdown()
