@@ -27,12 +27,12 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from htc_vlm import load
-    from htc_vlm.cli.eval import parse_compressor
+    from htc_vlm.cli._method import parse_method
     from htc_vlm.eval.run_info import provenance
     from htc_vlm.files import write_json
     from study.probe import as_markdown, run_probe
 
-    model, processor = load(options.model, compressor=parse_compressor(options.compressor))
+    model, processor = load(options.model, compressor=parse_method(options.compressor))
     result = run_probe(
         model.to(options.device), processor, n_train_scenes=options.images, n_test_scenes=options.test_images,
         test_split=options.split, scenes=options.scenes.replace("-", " "), batch_size=options.batch_size, seed=options.seed,

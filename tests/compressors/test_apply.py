@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from typing import Any
 
@@ -109,11 +108,6 @@ def test_generation_without_a_cache_gives_the_same(
     assert torch.equal(cached.sequences, anew.sequences)
     close(torch.stack(cached.logits), torch.stack(anew.logits))
     close(torch.stack(cached.logits)[:, 1], torch.stack(alone.logits)[:, 0])
-
-
-def test_every_applied_method_has_cases() -> None:
-    """The dictionaries above are written by hand."""
-    assert {name for name, _ in EXAMPLES} <= {case.rstrip("+") for case in ALL}
 
 
 @inside
@@ -299,14 +293,6 @@ def test_a_broken_promise_is_an_error(llava: Any, prompts: Any, monkeypatch: pyt
     monkeypatch.setattr(DivPrune, "before_llm", lambda _, images: images.patches[:, :7])
     with applied(llava, "divprune"), pytest.raises(ValueError, match="divprune promised 6 visual tokens and gave 7"):
         llava(**prompts.batch)
-
-
-@every
-def test_settings_survive_json(case: str) -> None:
-    """Tuples come back from JSON as lists."""
-    method = compressors.build(case.rstrip("+"), **ALL[case])
-    again = compressors.build(**json.loads(json.dumps(method.to_dict())))
-    assert again.settings == method.settings
 
 
 @inside

@@ -177,6 +177,8 @@ def test_unknown_options_and_splits_are_refused(tmp_path: Path) -> None:
     """Prevents a protocol flag that is accepted and ignored."""
     with pytest.raises(ValueError, match="task pope has no option headlin; its options: headline"):
         make_task("pope", {"headlin": "f1"})
+    with pytest.raises(ValueError, match="task mmbench: circular is 'maybe'; give true or false"):
+        make_task("mmbench", {"circular": "maybe"})
     with pytest.raises(ValueError, match="f1, accuracy"):
         make_task("pope", {"headline": "recall"})
     with pytest.raises(ValueError, match="no split 'val'; known: testdev_balanced"):

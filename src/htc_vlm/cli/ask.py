@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import method_of, stock_method
 from htc_vlm.files import FIGURES, MAX_PIXELS, PICTURES, check_output, pixel_limit, positive
 from htc_vlm.settings import budget
 
@@ -156,7 +157,7 @@ class Asked:
             method = stock_method(options.method, options.budget)
             self.answerer: Any = StockAnswerer(self.model, self.processor, method, one_file=options.save is not None)
         else:
-            self.method, self.is_prefix = applied_method(options.method, options.budget, self.model), False
+            self.method, self.is_prefix = method_of(options.method, options.budget, self.model), False
             self.answerer = Answerer(self.model, self.processor)
         for question in questions:
             unknown = self.answerer.unknown_words(question)
@@ -174,36 +175,6 @@ class Asked:
         with apply(self.model, **self.method) as applied:
             self.answerer.keep_pixels = applied.method.acts_in_tower
             yield self.answerer
-
-
-def stock_method(text: str | None, n_tokens: float | None) -> dict[str, Any] | None:
-    """--method and --budget as `apply` takes them, which fits a budget to each picture."""
-    from htc_vlm.cli.eval import parse_compressor
-
-    method = parse_compressor(text)
-    if n_tokens is not None:
-        if method is None:
-            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
-        method = {"budget": n_tokens, **method}
-    return method
-
-
-def applied_method(text: str | None, n_tokens: float | None, model: Any) -> dict[str, Any] | None:
-    """--method and --budget -> {"name": ..., and its settings}; None without --method."""
-    from htc_vlm import compressors
-    from htc_vlm.cli.eval import parse_compressor
-    from htc_vlm.model.modeling import sizes_of
-
-    method = parse_compressor(text)
-    if method is None:
-        if n_tokens is not None:
-            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
-        return None
-    if n_tokens is None:
-        return method
-    n_layers = model.config.text_config.num_hidden_layers
-    made = compressors.get(method["name"]).for_budget(n_tokens, sizes_of(model.config).n_patches, n_layers)
-    return {**made, **method}
 
 
 def answer(

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import check_budget, method_of, parse_method, stock_method
 from htc_vlm.eval.run import check_pictures, check_single_process, load_items, run_task, task_folder
 from htc_vlm.eval.task import Item, Task, find_tasks, make_task
 from htc_vlm.settings import budget, from_pairs
@@ -38,37 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="recorded in the result; decoding is greedy")
     parser.add_argument("--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="a protocol choice")
     return parser
-
-
-def parse_compressor(text: str | None) -> dict[str, Any] | None:
-    """A method by name, or with settings as JSON; None = the model's own.
-
-    >>> parse_compressor("voco"), parse_compressor('{"name": "voco", "n_bottleneck": 2}')
-    ({'name': 'voco'}, {'name': 'voco', 'n_bottleneck': 2})
-    """
-    if text is None:
-        return None
-    if not text.startswith("{"):
-        return {"name": text}
-    try:
-        return dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{text!r} is neither a method's name nor JSON ({error})") from error
-
-
-def _method(args: argparse.Namespace, model: Any) -> dict[str, Any] | None:
-    """--method and --budget: {"name": ..., and its settings}; None without --method."""
-    method = parse_compressor(args.method)
-    if method is None or args.budget is None:
-        if args.budget is not None:
-            raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
-        return method
-    from htc_vlm import compressors
-    from htc_vlm.model.modeling import sizes_of
-
-    n_layers = model.config.text_config.num_hidden_layers
-    made = compressors.get(method["name"]).for_budget(args.budget, sizes_of(model.config).n_patches, n_layers)
-    return {**made, **method}
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
@@ -100,6 +70,7 @@ def _loaded(tasks: list[Task], args: argparse.Namespace, root: Path) -> tuple[di
 def run(argv: list[str]) -> int:
     """Answer benchmark questions and score them; start again to go on where a run was cut off."""
     args = _parser().parse_args(argv)
+    check_budget(args.method, args.budget)
     if args.data is not None:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
@@ -112,18 +83,17 @@ def run(argv: list[str]) -> int:
         raise ValueError("; ".join(refused.values()) or "--task names no task")
 
     from htc_vlm import apply, load
-    from htc_vlm.cli.ask import stock_method
     from htc_vlm.model.answering import Answerer
     from htc_vlm.model.recipe import recipe_of
     from htc_vlm.model.stock_answering import StockAnswerer, is_stock
 
-    model, processor = load(args.model, compressor=parse_compressor(args.compressor))
+    model, processor = load(args.model, compressor=parse_method(args.compressor))
     if is_stock(model):
         method = stock_method(args.method, args.budget)
         recipe = recipe_of(model, getattr(processor, "image_processor", None)).digest
         config = {"model": args.model, "compressor": {"name": "none"}, "recipe": recipe}
     else:
-        method = _method(args, model)
+        method = method_of(args.method, args.budget, model)
         config = {"model": args.model, "compressor": model.config.compressor, "recipe": model.recipe().digest}
     model.to(args.device).eval()
     with nullcontext() if method is None or is_stock(model) else apply(model, **method) as applied:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import IO, Any, ClassVar, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Protocol, get_type_hints, runtime_checkable
 
 from PIL import Image
 
 from htc_vlm.data.images import ImageError, named_warnings
 from htc_vlm.registry import Registry
+from htc_vlm.settings import typed
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -110,7 +111,8 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise ValueError(f"task {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
-    return cls(**(options or {}))
+    hints = get_type_hints(cls)
+    return cls(**{option: typed(f"task {name}: {option}", value, hints[option]) for option, value in (options or {}).items()})
 
 
 # ----------------------------------------------------------------------------- what the official readers share
