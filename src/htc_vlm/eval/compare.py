@@ -139,13 +139,9 @@ def compare_results(first: Path, second: Path, *, n_resamples: int = 10_000, lev
     scores = [[by_id[question].score for question in marks[0]] for by_id in marks]
     options: dict[str, Any] = {"n_resamples": n_resamples, "level": level, "seed": seed}
     alone = [paired_bootstrap(score, [0.0] * len(score), images, **options) for score in scores]
-    intervals = [Interval(one.points, one.low, one.high) for one in alone]
-    return Comparison(
-        first.name,
-        *intervals,
-        paired_bootstrap(*scores, images, **options),
-        *(result["metrics"]["score"] for result in results),
-    )
+    one, other = (Interval(mean.points, mean.low, mean.high) for mean in alone)
+    difference = paired_bootstrap(scores[0], scores[1], images, **options)
+    return Comparison(first.name, one, other, difference, *(float(result["metrics"]["score"]) for result in results))
 
 
 def compare_outputs(
