@@ -34,6 +34,7 @@ BEFORE = {
     "random_drop": {"n_keep": 5},
     "avg_pool": {"n_tokens": 4},
     "divprune": {"n_keep": 6},
+    "downsample": {"n_tokens": 4},
     "tome": {"n_keep": 5},
     "tome+": {"n_keep": 5, "place": "after_tower"},
     "visionzip": {"n_dominant": 4, "n_contextual": 2},

@@ -62,7 +62,9 @@ class Applied:
         options |= {"grid_matters": self.method.NEEDS_GRID, "grid_of": family.grid_of}
         self.run: Run = self.drop_run or Run(**options)
         self.tower_run: TowerRun | None = None
-        if self.method.acts_in_tower and self.n_patches is not None:
+        if self.method.picture_side is not None:
+            vision_tower.check_shrinking(family.headless, self.method)
+        elif self.method.acts_in_tower and self.n_patches is not None:
             n_blocks = vision_tower.n_blocks_read(family.headless, self.method)
             if self.method.merges_in_tower:
                 self.tower_run = TowerRun(self.method.tower_merges(self.n_patches, n_blocks))
@@ -72,7 +74,7 @@ class Applied:
     @property
     def changes_features(self) -> bool:
         """Does the method act between the vision tower and the language model?"""
-        return type(self.method).before_llm is not Compressor.before_llm
+        return type(self.method).before_llm is not Compressor.before_llm or self.method.picture_side is not None
 
     @property
     def schedules(self) -> list[list[int]]:
@@ -135,8 +137,7 @@ class Applied:
         """LLaVA's features (I, C, D) for the language model; zeros behind them where the prompt has P places for each
         image, which are cut at the decoder's door. ValueError for prompts with another number."""
         tokens = self.method.before_llm(images)
-        merged = images.merged
-        n_images, n_patches = len(tokens), images.features.shape[1] if merged is None else merged.destination.shape[1]
+        n_images, n_patches = len(tokens), self.n_patches or images.features.shape[1]
         n_wanted = self.method.n_visual(n_patches)
         door.checked(self.method, tokens, n_wanted)
         self._images = images

@@ -65,6 +65,11 @@ class Family:
     def refusal(cls, method: Compressor, model: str, has_axes: bool) -> str | None:
         """Why a method cannot act on a model of this family, and what does; None where it can."""
         instead = "use divprune, random_drop, or tome with place='after_tower' and metric='features'"
+        if method.picture_side is not None and not cls.tower_acts:
+            return (
+                f"{method.name} shrinks the picture for a tower of one resolution; shrink it before the processor of {model}, "
+                "which makes fewer tokens of it"
+            )
         if method.acts_in_tower and not cls.tower_acts:
             return (
                 f"{method.name} acts in a CLIP tower whose patches go straight to the projector (LLaVA's); in {model} "

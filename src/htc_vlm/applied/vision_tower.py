@@ -10,10 +10,12 @@ Differs: no hook and no attention of our own: the class token's row and the keys
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import CLIPVisionModel, LlavaModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
@@ -123,12 +125,14 @@ def image_features(
     layer = llava.config.vision_feature_layer if layer is None else layer
     strategy = llava.config.vision_feature_select_strategy if strategy is None else strategy
     layers = [layer] if isinstance(layer, int) else list(layer)
-    index = n_blocks_read(llava, method) if method.acts_in_tower else 0
-    if method.acts_in_tower and (layer != llava.config.vision_feature_layer or strategy != "default"):
+    is_inside = method.reads_tower or method.merges_in_tower
+    index = n_blocks_read(llava, method) if is_inside else 0
+    if is_inside and (layer != llava.config.vision_feature_layer or strategy != "default"):
         raise ValueError(f"{method.name} reads the layer of the model's configuration; leave out vision_feature_layer")
     wanted = [index - 1, index] if method.reads_tower else layer
-    states = llava.vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted).hidden_states
-    chosen = [states[index] if method.acts_in_tower else states[i] for i in layers]
+    pixel_values, options = shrunk(llava, method, pixel_values)
+    states = llava.vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **options).hidden_states
+    chosen = [states[index] if is_inside else states[i] for i in layers]
     if strategy == "default":  # leave out the class token
         chosen = [state[:, 1:] for state in chosen]
     view = None
@@ -140,6 +144,24 @@ def image_features(
         tower=view,
         merged=None if run is None else run.of_patches(),
     )
+
+
+def shrunk(llava: LlavaModel, method: Compressor, pixel_values: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The picture that the tower reads, and what the tower must be told of it."""
+    if method.picture_side is None:
+        return pixel_values, {}
+    side = method.picture_side * llava.config.vision_config.patch_size
+    small = interpolate(pixel_values.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return small.to(pixel_values.dtype), {"interpolate_pos_encoding": True}
+
+
+def check_shrinking(llava: LlavaModel, method: Compressor) -> None:
+    """ValueError where the tower reads pictures of one size only."""
+    tower = llava.vision_tower
+    if method.picture_side is not None and "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
+        raise ValueError(
+            f"{method.name} shrinks the picture, and {type(tower).__name__} reads pictures of one size only; use avg_pool"
+        )
 
 
 def class_view(block: CLIPEncoderLayer, entering: Tensor, leaving: Tensor) -> TowerView:

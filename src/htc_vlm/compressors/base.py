@@ -240,9 +240,14 @@ class Compressor(nn.Module):
         return False
 
     @property
+    def picture_side(self) -> int | None:
+        """Patches on each side of the picture that the vision tower is to read, shrunk to them; None: as it is."""
+        return None
+
+    @property
     def acts_in_tower(self) -> bool:
         """Must pixels be given, because the tower's output is not enough?"""
-        return self.reads_tower or self.merges_in_tower
+        return self.reads_tower or self.merges_in_tower or self.picture_side is not None
 
     def drops(self, n_patches: int, n_layers: int) -> tuple[PruneStep, ...]:
         """Where inside the language model visual tokens leave."""

@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> method and settings
     "tome, in the tower": ("tome", {"n_keep": 4}),
     "visionzip": ("visionzip", {"n_dominant": 3, "n_contextual": 2}),
     "avg_pool": ("avg_pool", {"n_tokens": 4}),
+    "downsample": ("downsample", {"n_tokens": 4}),
     "fastv": ("fastv", {"n_keep": 3, "layer": 1}),
     "pyramid_drop": ("pyramid_drop", {"stages": (1, 3), "ratio": 0.5}),
     "sparse_vlm": ("sparse_vlm", {"layers": (0, 1), "keep": (6, 3)}),
