@@ -7,6 +7,8 @@ A command is `cli/NAME.py` (with _ for -) with `run(argv: list[str]) -> int`. No
 known, and a command imports torch inside `run`, after its arguments are parsed: `htc-vlm --help` and `htc-vlm ask --help`
 answer at once (which is why this file stands outside the package: importing `htc_vlm` registers the model with transformers,
 unless a command does it). Set HTC_VLM_DEBUG=1 to see the traceback of a refusal.
+
+Exit codes: 0 done, 1 partly done (some pictures or tasks were refused), 2 refused, 70 a bug, 130 interrupted.
 """
 
 from __future__ import annotations
