@@ -17,12 +17,12 @@ from transformers import Cache, LlavaForConditionalGeneration
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.model import adapter, reading
-from htc_vlm.model.backbone import HtcVlmPreTrainedModel
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
 from htc_vlm.model.image_slots import Placed, place
 from htc_vlm.model.look_maps import byte_maps
 from htc_vlm.model.movable import check_movable
+from htc_vlm.model.pretrained import HtcVlmPreTrainedModel
 from htc_vlm.model.recipe import Recipe, recipe_of
 from htc_vlm.ops import rope
 

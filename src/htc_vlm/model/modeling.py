@@ -15,10 +15,11 @@ from transformers import Cache, LlavaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from htc_vlm.model.backbone import HtcVlmModel, HtcVlmPreTrainedModel, sizes_of
+from htc_vlm.model.backbone import HtcVlmModel
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation import GeneratesOverKv
+from htc_vlm.model.pretrained import HtcVlmPreTrainedModel, sizes_of
 
 __all__ = ["HtcVlmForConditionalGeneration", "HtcVlmModel", "HtcVlmPreTrainedModel", "sizes_of"]
 
