@@ -10,6 +10,7 @@ import htc_vlm_cli
 COMMANDS = {
     "train-and-eval": "build the missing results of the study, row by row",
     "table": "rebuild a table from the result files",
+    "store-trials": "kill writers, flip bytes, fill a store, count points lost by dtype, run a batch",
     "probe": "read what the bottleneck token has kept",
 }
 

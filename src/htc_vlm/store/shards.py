@@ -38,6 +38,10 @@ from htc_vlm.store.rows import (
 N_SHARDS = 16
 COMMIT_ROWS = 32
 BUSY_SECONDS = 120
+OUTSIDE = {
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+}  # fmt: skip
 READ_AT_ONCE = 256  # rows of one SELECT; SQLite's limit of variables is far above
 
 
@@ -359,10 +363,11 @@ class Shards:
             db = sqlite3.connect(uri + ("?mode=ro&immutable=1" if is_quiet else "?mode=ro"), **options)  # type: ignore[call-overload]
         else:
             db = sqlite3.connect(uri, **options)  # type: ignore[call-overload]
+        db.text_factory = bytes  # a flipped bit may make text of anything
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA:
             db.close()
-            raise ValueError(f"{self.folder}: a store of schema {version}; this htc-vlm knows {SCHEMA}: install a newer one")
+            raise ValueError(f"{path}: a store of schema {version}; this htc-vlm knows {SCHEMA}: install a newer one")
         if self.read_only:
             db.execute("PRAGMA query_only = ON")
         else:
@@ -394,7 +399,9 @@ def _shard_of(id: bytes) -> int:
 
 
 def _is_operational(error: Exception) -> bool:
-    return isinstance(error, sqlite3.OperationalError)
+    """Is it the disk's or another process's doing, rather than the file's content? A damaged schema is "no such column"."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, sqlite3.OperationalError) if code is None else code & 0xFF in OUTSIDE
 
 
 def _as_far_as_it_goes(db: sqlite3.Connection, select: str) -> list[tuple]:
