@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,8 +15,6 @@ from typing import Any
 import pytest
 
 import htc_vlm_cli as cli
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def test_another_host_needs_a_token(
@@ -46,8 +43,9 @@ def test_a_server_starts_answers_and_finishes_what_runs(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "htc_vlm_cli", "serve", "--store", str(tmp_path / "album"), "--port", str(port)]
-    process = subprocess.Popen([*command, "--wait-ms", "1500"], cwd=REPO / "src", stderr=subprocess.PIPE, env=dict(os.environ))
+    command = [sys.executable, "-c", "import sys, htc_vlm_cli; sys.exit(htc_vlm_cli.main())", "serve", "--wait-ms", "1500"]
+    command += ["--store", str(tmp_path / "album"), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         assert process.stderr is not None and f"http://127.0.0.1:{port}/" in process.stderr.readline().decode()
         while True:

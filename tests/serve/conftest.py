@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import socket
 import tempfile
 import threading
 import time
@@ -105,6 +106,23 @@ class Server(TestClient):
 
     def wait_for_rows(self, n_rows: int) -> None:
         eventually(lambda: self.server.engine.n_waiting == n_rows)
+
+
+@contextmanager
+def listening(server: Server) -> Iterator[str]:
+    """The address of a server on a free port of this machine, for clients that need sockets."""
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = uvicorn.Server(uvicorn.Config(server.app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    eventually(lambda: one.started)
+    yield f"http://127.0.0.1:{port}"
+    one.should_exit = True
+    thread.join(60)
 
 
 def eventually(holds: Any, seconds: float = 30) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 
 from htc_vlm.serve.app import PAGE, policy_of
 
-from .conftest import QUESTION, Server, eventually, png, scene
+from .conftest import QUESTION, Server, eventually, listening, png, scene
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -31,21 +28,8 @@ def test_the_page_takes_nothing_from_other_hosts() -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server on a free port of this machine."""
-    import uvicorn
-
-    test_server = Server()  # holds the store's folder
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(test_server.app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(60)
+    with listening(Server()) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
