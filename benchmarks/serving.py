@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import base64
 import io
+import json
 import os
 import platform
 import random
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--pictures", type=int, default=64)
     arguments.add_argument("--seconds", type=float, default=20.0, help="of each of the three ways")
     arguments.add_argument("--soak", type=float, default=600.0, metavar="SECONDS", help="0: without")
+    arguments.add_argument("--only-soak", action="store_true", help="add a soak to the result file that is there")
     arguments.add_argument("--output", type=Path, default=Path("study/results/serve/cpu.json"))
     return arguments
 
@@ -176,9 +178,7 @@ async def raw(server: ServerProcess, body: bytes, read: int) -> str:
 
 async def soak(server: ServerProcess, clients: list[Any], urls: list[str], alone: list[str], seconds: float) -> dict[str, Any]:
     """What came back, by kind; times of good requests; the server's state every few seconds."""
-    import json
-
-    from openai import APIStatusError
+    from openai import APIConnectionError, APIStatusError
 
     end, said, times, wrong, states = time.perf_counter() + seconds, Counter[str](), [], 0, []
     long = {"model": "tiny", "stream": True, "max_tokens": 64, "temperature": 2, "n": 2}
@@ -198,6 +198,8 @@ async def soak(server: ServerProcess, clients: list[Any], urls: list[str], alone
             said["200"] += 1
         except APIStatusError as error:
             said[str(error.status_code)] += 1
+        except APIConnectionError as error:
+            said[type(error).__name__] += 1
 
     async def one(number: int) -> None:
         random_ = random.Random(number)
@@ -289,13 +291,18 @@ def main() -> int:
         urls = [f"htc:{one}" for one in ids]
         data = ["data:image/png;base64," + base64.b64encode(one).decode() for one in files]
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        result: dict[str, Any] = {"model": "tiny", "question": QUESTION, "pictures": options.pictures}
-        result |= asyncio.run(answers_and_rates(options, Path(folder) / "store", urls, data, alone))
-        result |= {"machine": machine | {"load_average": os.getloadavg()}} | provenance()
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, result)
+        result: dict[str, Any]
+        if options.only_soak:
+            result = json.loads(options.output.read_text())
+        else:
+            result = {"model": "tiny", "question": QUESTION, "pictures": options.pictures}
+            result |= asyncio.run(answers_and_rates(options, Path(folder) / "store", urls, data, alone))
+            result |= {"machine": machine | {"load_average": os.getloadavg()}} | provenance()
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(options.output, result)
         if options.soak:
             result["soak"] = asyncio.run(soaked(options, Path(folder) / "store", urls, alone))
+            result["soak"] |= {"load_average": os.getloadavg(), "command": provenance()["command"]}
             write_json(options.output, result)
     print(options.output)
     return 0

@@ -11,6 +11,8 @@ from typing import Any
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = "HTC_VLM_TOKEN"
+# uvicorn's own 5 s is when httpx gives up idle connections, too: a request sent at that moment was answered by a reset.
+KEEP_ALIVE_SECONDS = 75
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +55,7 @@ def run(argv: list[str]) -> int:
     at = f"http://{shown}:{options.port}"
     print(f"{at}/ is the page, {at}/v1 is for OpenAI clients", file=sys.stderr)
     where = {"host": options.host, "port": options.port, "timeout_graceful_shutdown": options.grace}
+    where["timeout_keep_alive"] = KEEP_ALIVE_SECONDS
     server = uvicorn.Server(uvicorn.Config(app, **where, log_level="warning", server_header=False))
     server.run()
     return 0 if server.started else 2
