@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from study import ladder
 from study.definitions import read_tables
 from study.paper import table2_rows
 from study.plots import draw
@@ -233,7 +234,7 @@ def where_it_ran(studies: Sequence[StudyTable]) -> str:
 def page(experiments: Path, results: Path) -> tuple[str, list[StudyTable]]:
     """The whole page and its tables."""
     studies = [load_table(name, experiments, results) for name in read_tables(experiments)]
-    parts = [HEAD.rstrip(), *(section(study) for study in studies)]
+    parts = [HEAD.rstrip(), *([ladder.section(results)] if ladder.section(results) else []), *map(section, studies)]
     parts += [part for part in (probing(results), attention(results), from_the_cache(results)) if part]
     parts += ["## What ran where", where_it_ran(studies)]
     return "\n\n".join(parts) + "\n", studies
@@ -259,6 +260,7 @@ def main() -> int:
     for path, wanted in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted, encoding="utf-8")
+    ladder.draw(ROOT / "study" / "results", PLOTS / "ladder.png")
     for study in studies:
         if any(not row.status for row in study.rows):
             draw(study, PLOTS / f"{study.table.name}.png")

@@ -9,10 +9,9 @@
 set -euo pipefail
 runs=$1
 shift
-htc-vlm train --preset tiny --stage tokenizer --output "$runs/tokenizer" --data "$DATA" "$@"
 htc-vlm train --preset tiny --stage instruct --output "$runs/tiny-upper" --cache "$runs/cache" --data "$DATA" "$@"
 htc-vlm train --preset tiny --stage compress --output "$runs/tiny" --cache "$runs/cache" --data "$DATA" \
-    --start "$runs/tiny-upper/model" --mgvq "$runs/tokenizer" "$@"
+    --start "$runs/tiny-upper/model" "$@"
 for model in tiny-upper tiny; do
     study/evaluate_tiny.sh "$runs/$model/model" "$runs/eval/$model"
 done

@@ -332,6 +332,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
 
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
+        if self.compressor.reads_apart:
+            raise ValueError(f"{self.compressor.name} has no single pass over an image; use model/reading.py::look")
         n_images, n_visual, _ = visual.shape
         n_bottleneck = self.compressor.n_bottleneck
         embeds = torch.cat((visual, self._bottleneck_embeds(visual).expand(n_images, -1, -1)), dim=1)
