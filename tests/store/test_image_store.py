@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
+import htc_vlm
 from htc_vlm import CompressedImages, ImageStore
 from htc_vlm.model.answering import Answerer
 from htc_vlm.store import DamagedImageError, UnknownImageError
 from htc_vlm.store import shards as shards_module
 from htc_vlm.store.pictures import find, paths_of
 
+from .. import tinies
 from .. import tiny_runs as tiny
 
 
@@ -158,6 +160,27 @@ def test_int2_is_calibrated_on_the_first_pictures(tmp_path: Path, monkeypatch: p
     (tmp_path / "s" / "levels.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="levels.safetensors: damaged"):
         ImageStore.open(tmp_path / "s")
+
+
+def test_a_stock_model_keeps_what_a_method_leaves(tmp_path: Path) -> None:
+    """Compress once, ask for ever, without training: what is stored is what `htc_vlm.compress` gives, and answers as that."""
+    model, processor = htc_vlm.load(tinies.save_llava(tmp_path / "llava"))
+    divprune = {"name": "divprune", "n_keep": 4}
+    with pytest.raises(ValueError, match="has no bottleneck; name a question-independent method"):
+        ImageStore.open(tmp_path / "s", model, processor)
+    with ImageStore.open(tmp_path / "s", model, processor, method=divprune) as store:
+        kept = store.get(store.add([png(0), png(1)]))
+        expected = htc_vlm.compress(model, processor, [tiny.noise(0), tiny.noise(1)], "divprune", n_keep=4)
+        torch.testing.assert_close(kept.kv, expected.kv, atol=1e-5, rtol=0)
+        assert kept.recipe == expected.recipe and kept.prompt == expected.prompt
+        asked = {"text": ["what is it ?", "where ?"], "max_new_tokens": 2}
+        assert htc_vlm.generate(model, processor, compressed=kept, **asked) == htc_vlm.generate(
+            model, processor, compressed=expected, **asked
+        )
+    with pytest.raises(ValueError, match=r"another recipe \(prompt.method.n_keep"):
+        ImageStore.open(tmp_path / "s", model, processor, method={"name": "divprune", "n_keep": 5})
+    with pytest.raises(ValueError, match="compresses with its own bottleneck"):
+        ImageStore.open(tmp_path / "t", *tiny.loaded(tiny.VOCO), method="none")
 
 
 def test_maps_travel_with_the_image(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("pictures", nargs="+", help="picture files, folders (with all folders in them), or patterns")
     add.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     add.add_argument("--dtype", default="model", choices=DTYPES, help="how a new store packs images (default: the model's own)")
+    add.add_argument("--method", metavar="NAME", help="of a model without a bottleneck, e.g. divprune")
+    add.add_argument("--budget", type=float, help="tokens the method keeps, or a share below 1")
     add.add_argument("--maps", action="store_true", help="keep where the bottleneck looked, a byte a patch")
     add.add_argument("--batch-size", type=int, default=32, help="pictures a batch, and a commit (default: 32)")
 
@@ -67,14 +69,16 @@ def run(argv: list[str]) -> int:
 
 def add(options: argparse.Namespace) -> int:
     from htc_vlm import ImageStore, load
+    from htc_vlm.cli._method import stock_method
     from htc_vlm.store.pictures import paths_of
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
     paths = [path for given in options.pictures for path in paths_of(given)]  # before the model: a wrong path is told at once
     model, processor = load(options.model)
+    method = stock_method(options.method, options.budget)
     started = time.perf_counter()
-    with ImageStore.open(options.store, model, processor, options.dtype, maps=options.maps) as store:
+    with ImageStore.open(options.store, model, processor, options.dtype, method=method, maps=options.maps) as store:
         added = store.add(paths, batch_size=options.batch_size, progress=sys.stderr.isatty(), on_refused=_tell)
         report = {
             "store": str(options.store), "pictures": len(added), "new": added.n_new, "refused": len(added.refused),

@@ -11,7 +11,7 @@ import builtins
 import errno
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,15 +20,16 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from htc_vlm.data.images import ImageError
-from htc_vlm.model.answering import Answerer
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.packing import DTYPES, LEAST_CALIBRATION, Levels, Packed, Shape, row_bytes
 from htc_vlm.store.about import About
+from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encoder_of, heads_of
 from htc_vlm.store.entries import Added, StoredImage
 from htc_vlm.store.pictures import Found, Picture, find
-from htc_vlm.store.rows import Row, UnknownImageError
+from htc_vlm.store.rows import Row, UnknownImageError, is_id, key_of
 from htc_vlm.store.shards import Shards
 
+Encoder = OwnBottleneck | StockMethod
 BATCH = 32
 CALIBRATE_ON = 512  # pictures of the first `add` of an int2 store
 
@@ -39,9 +40,9 @@ class ImageStore:
     Many processes may read and write one store at once. What `add` returned is on disk, whatever happens next.
     """
 
-    def __init__(self, path: Path, about: About, answerer: Answerer | None, read_only: bool, maps: bool) -> None:
+    def __init__(self, path: Path, about: About, encoder: Encoder | None, read_only: bool, maps: bool) -> None:
         self.path, self.about, self.read_only, self.maps = path, about, read_only, maps
-        self._answerer = answerer
+        self._encoder = encoder
         self._shards = Shards(path, about.recipe.digest.encode(), read_only)
 
     @classmethod
@@ -52,6 +53,7 @@ class ImageStore:
         processor: Any = None,
         dtype: str = "model",
         *,
+        method: str | Mapping[str, Any] | None = None,
         maps: bool = False,
         levels: Levels | None = None,
         read_only: bool = False,
@@ -59,6 +61,8 @@ class ImageStore:
         """Open the store in a folder, or make one there.
 
         model, processor: what compresses; without them what is stored can be read, but not added to.
+        method: of a model without a bottleneck, a question-independent one and its settings ({"name": "divprune", "n_keep":
+        64}); its images are asked with `htc_vlm.generate`.
         dtype: "model", "int8", "int4" or "int2", how a new store packs images; "model" takes a store that is there as it is.
         levels: of int2; without, they are calibrated on the first pictures added (64 or more). maps: keep where the
         bottleneck looked, too. A store on a read-only disk is opened for reading.
@@ -69,17 +73,17 @@ class ImageStore:
             raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
         if (model is None) != (processor is None):
             raise ValueError("give the model and its processor, or neither")
-        answerer = None if model is None else Answerer(model, processor)
+        encoder = None if model is None else encoder_of(model, processor, method)
         about = About.read(folder)
         if about is None:
-            if answerer is None or read_only:
+            if encoder is None or read_only:
                 raise ValueError(f"{folder}: no store is there; give a model and its processor to make one")
-            about = About.make(folder, answerer.recipe(), dtype, model.dtype, _heads(model), levels)
-        if answerer is not None:
-            about.check_recipe(answerer.recipe(), folder)
+            about = About.make(folder, encoder.recipe(), dtype, model.dtype, heads_of(model), levels)
+        if encoder is not None:
+            about.check_recipe(encoder.recipe(), folder)
         if dtype not in ("model", about.dtype):
             raise ValueError(f"{folder}: this store keeps {about.dtype}, not {dtype}; make a new one, or leave dtype out")
-        return cls(folder, about, answerer, read_only or not os.access(folder, os.W_OK), maps)
+        return cls(folder, about, encoder, read_only or not os.access(folder, os.W_OK), maps)
 
     # -------------------------------------------------------------------------------------------------------------- add
     def add(
@@ -97,12 +101,12 @@ class ImageStore:
         in `.refused` of what is returned, and hold nothing up. Every `batch_size` pictures are committed.
         OSError: the disk is full or read-only; what was added before stays.
         """
-        if self._answerer is None:
+        if self._encoder is None:
             raise ValueError(f"{self.path}: opened without a model, so nothing can be added; open it with one")
         self._need_writable()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give at least 1")
-        self.about.check_recipe(self._answerer.recipe(), self.path)
+        self.about.check_recipe(self._encoder.recipe(), self.path)
         out = Added()
 
         def refuse(found: Found, number: int, reason: str) -> None:
@@ -145,20 +149,25 @@ class ImageStore:
             elif id in broken:
                 refuse(found, number, f"{found.name or 'picture'}: the same bytes as a picture that cannot be read")
         kept = [(ids[number], found) for number, found in readable if ids[number] not in broken]
-        rows = self._rows(list(new), self.compress(list(new.values()))) if new else []
+        rows: builtins.list[Row] = []
+        for part in self._compress(list(new.values())) if new else []:
+            rows += self._rows(list(new)[len(rows) : len(rows) + len(part)], part)
         self._shards.write(rows, [(found.name, id) for id, found in kept if found.name is not None])
         out.n_new += len(rows)
         out.extend(id.hex() for id, _ in kept)
 
     def compress(self, pictures: Sequence[Any]) -> CompressedImages:
         """Decoded pictures -> as this store packs them, without keeping them."""
-        if self._answerer is None:
+        return CompressedImages.concat(self._compress(pictures))
+
+    def _compress(self, pictures: Sequence[Any]) -> builtins.list[CompressedImages]:
+        """The same in as many parts as there are counts of entries."""
+        if self._encoder is None:
             raise ValueError(f"{self.path}: opened without a model; open it with one")
-        images = self._answerer.encode(pictures, maps=self.maps)
-        if not isinstance(images, CompressedImages):
-            raise ValueError("this model has no bottleneck, so it keeps no compressed pictures; use e.g. tiny")
-        images.check_made_by(self.about.recipe.digest)
-        return self._as_stored(images)
+        parts = self._encoder.encode(pictures, self.maps)
+        for part in parts:
+            part.check_made_by(self.about.recipe.digest)
+        return [self._as_stored(part) for part in parts]
 
     def put(self, ids: Sequence[str], images: CompressedImages, names: Sequence[str | None] | None = None) -> None:
         """Keep images that were compressed elsewhere, e.g. in another process: ids are SHA-256 of their pictures' bytes.
@@ -167,18 +176,18 @@ class ImageStore:
         """
         self._need_writable()
         images.check_made_by(self.about.recipe.digest)
-        keys = [_id(one) for one in ids]
+        keys = [key_of(one) for one in ids]
         named = [(name, id) for name, id in zip(names or [None] * len(keys), keys, strict=True) if name is not None]
         self._shards.write(self._rows(keys, self._as_stored(images)), named)
 
     def name(self, names: Iterable[tuple[str, str]]) -> None:
         """Give names to images: (name, id). A name that another image has goes to the new one."""
         self._need_writable()
-        self._shards.write([], [(name, _id(id)) for name, id in names])
+        self._shards.write([], [(name, key_of(id)) for name, id in names])
 
     def intact(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that are there and undamaged."""
-        return {id.hex() for id in self._shards.intact([_id(one) for one in ids])}
+        return {id.hex() for id in self._shards.intact([key_of(one) for one in ids])}
 
     def _as_stored(self, images: CompressedImages) -> CompressedImages:
         about = self.about
@@ -198,7 +207,7 @@ class ImageStore:
     def _calibrate(self, given: Iterator[tuple[int, Found]]) -> Iterator[tuple[int, Found]]:
         """Fit int2's levels on the first pictures; all pictures, from the first on."""
         first = [one for one, _ in zip(given, range(CALIBRATE_ON), strict=False)]
-        assert self._answerer is not None
+        assert self._encoder is not None
         kv = []
         for batch in _in_batches(iter(first), BATCH):
             pictures = []
@@ -209,9 +218,7 @@ class ImageStore:
                     except (ImageError, OSError, ValueError):
                         continue  # told when it is its turn
             if pictures:
-                images = self._answerer.encode(pictures)
-                assert isinstance(images, CompressedImages)
-                kv.append(images.kv.float().cpu())
+                kv += [part.kv.float().cpu() for part in self._encoder.encode(pictures, False)]
         if not kv:
             raise ValueError(f"{self.path}: int2 needs pictures to calibrate its levels on, and none could be read")
         self.about = self.about.calibrated(self.path, Levels.fit(torch.cat(kv)))
@@ -232,7 +239,7 @@ class ImageStore:
 
     def find(self, id_or_name: str) -> bytes:
         """The 32 bytes of an id of 64 hex digits, or of the image of that name. UnknownImageError for a name nobody gave."""
-        return _id(id_or_name) if _is_id(id_or_name) else self._shards.find(id_or_name)
+        return key_of(id_or_name) if is_id(id_or_name) else self._shards.find(id_or_name)
 
     def _images(self, rows: Sequence[Row]) -> CompressedImages:
         """Rows -> images in one tensor."""
@@ -249,7 +256,8 @@ class ImageStore:
         maps = None
         if len(sizes) == 1 and 0 not in sizes:
             maps = torch.frombuffer(bytearray(b"".join(row.seen for row in rows)), dtype=torch.uint8).reshape(len(rows), -1)
-        return CompressedImages(kv, about.recipe.digest, [row.n_visual for row in rows], maps)
+        counts_visual = [row.n_visual for row in rows]
+        return CompressedImages(kv, about.recipe.digest, counts_visual, maps, about.recipe.parts.get("prompt"))
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -344,9 +352,7 @@ class ImageStore:
         if self.read_only:
             raise OSError(errno.EROFS, "is read-only; the store can be read", str(self.path))
 
-    def list(
-        self, limit: int | None = None, name: str | None = None, after: str | None = None
-    ) -> builtins.list[StoredImage]:
+    def list(self, limit: int | None = None, name: str | None = None, after: str | None = None) -> builtins.list[StoredImage]:
         """The ids of what is stored, oldest first, each a str with `.names`, `.nbytes` and `.added`.
 
         limit: at most so many. name: only those with a name that contains it. after: only those behind this id, to go on
@@ -355,9 +361,9 @@ class ImageStore:
         entries = sorted(self._shards.ids(), key=lambda entry: (entry[1], entry[0]))
         if after is not None:
             ids = [id for id, _, _ in entries]
-            if _id(after) not in ids:
+            if key_of(after) not in ids:
                 raise UnknownImageError(f"{self.path}: no image {after}, so nothing comes after it")
-            entries = entries[ids.index(_id(after)) + 1 :]
+            entries = entries[ids.index(key_of(after)) + 1 :]
         if name is None:
             entries = entries[:limit]
         names = self._shards.names([id for id, _, _ in entries])
@@ -384,20 +390,3 @@ def _in_batches(given: Iterator[tuple[int, Found]], size: int) -> Iterator[list[
             batch = []
     if batch:
         yield batch
-
-
-def _is_id(text: str) -> bool:
-    return len(text) == 64 and all(one in "0123456789abcdef" for one in text)
-
-
-def _id(text: str) -> bytes:
-    if not _is_id(text):
-        raise ValueError(f"{text!r} is no id; an id is the SHA-256 of a picture's bytes in 64 hex digits")
-    return bytes.fromhex(text)
-
-
-def _heads(model: Any) -> tuple[int, int, int]:
-    """(layers, kv heads, head_dim) of a model's language model."""
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, text.num_key_value_heads, head_dim

@@ -61,3 +61,13 @@ def name_as_stored(name: str) -> bytes:
 
 def name_as_given(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
+
+
+def is_id(text: str) -> bool:
+    return len(text) == 64 and all(one in "0123456789abcdef" for one in text)
+
+
+def key_of(text: str) -> bytes:
+    if not is_id(text):
+        raise ValueError(f"{text!r} is no id; an id is the SHA-256 of a picture's bytes in 64 hex digits")
+    return bytes.fromhex(text)

@@ -1,0 +1,77 @@
+"""Compresses pictures for a store: with a model's own bottleneck, or a question-independent method on any stock model.
+
+Source:  prefix_cache.py for stock models.
+Differs: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from htc_vlm.model import prefix_cache
+from htc_vlm.model.answering import Answerer
+from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.recipe import Recipe, recipe_of
+
+
+class OwnBottleneck:
+    """Of a model that was trained to compress; maps are kept where asked for."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._answerer = Answerer(model, processor)
+
+    def recipe(self) -> Recipe:
+        return self._answerer.recipe()
+
+    def encode(self, pictures: Sequence[Image.Image], maps: bool) -> list[CompressedImages]:
+        """One CompressedImages, of all pictures."""
+        images = self._answerer.encode(pictures, maps=maps)
+        assert isinstance(images, CompressedImages)
+        return [images]
+
+
+class StockMethod:
+    """A method on a stock model: what is kept is [text before the image; kept tokens], see prefix_cache.py."""
+
+    def __init__(self, model: Any, processor: Any, method: Mapping[str, Any]) -> None:
+        self._model, self._processor = model, processor
+        self._name = str(method["name"])
+        self._settings = {key: value for key, value in method.items() if key != "name"}
+        self._prompt = self._compress(Image.new("RGB", (64, 64), "gray")).prompt  # the same for every picture
+
+    def recipe(self) -> Recipe:
+        image_processor = getattr(self._processor, "image_processor", None)
+        return recipe_of(self._model, image_processor, extra={"prompt": dict(self._prompt or {})})
+
+    def encode(self, pictures: Sequence[Image.Image], maps: bool) -> list[CompressedImages]:
+        """One CompressedImages a picture, since pictures of other sizes may have other counts of entries. There are no maps."""
+        if maps:
+            raise ValueError("maps are of what a bottleneck looked at, which this model does not have; leave maps out")
+        return [self._compress(picture) for picture in pictures]
+
+    def _compress(self, picture: Image.Image) -> CompressedImages:
+        return prefix_cache.compress(self._model, self._processor, [picture], self._name, **self._settings)
+
+
+def encoder_of(model: Any, processor: Any, method: str | Mapping[str, Any] | None) -> OwnBottleneck | StockMethod:
+    """What compresses with this model. ValueError for a method besides the model's own, and for one that needs the question."""
+    if prefix_cache.own_bottleneck(model):
+        if method is not None:
+            raise ValueError(f"this model compresses with its own bottleneck; leave out method={method!r}")
+        return OwnBottleneck(model, processor)
+    if method is None:
+        raise ValueError(
+            "this model has no bottleneck; name a question-independent method that says what is kept of a picture, e.g. "
+            "method={'name': 'divprune', 'n_keep': 64}, or 'none' for all of it"
+        )
+    return StockMethod(model, processor, {"name": method} if isinstance(method, str) else method)
+
+
+def heads_of(model: Any) -> tuple[int, int, int]:
+    """(layers, kv heads, head_dim) of a model's language model."""
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers, text.num_key_value_heads, head_dim
