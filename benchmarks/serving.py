@@ -257,8 +257,11 @@ async def soaked(options: argparse.Namespace, store: Path, urls: list[str], alon
     with running(store, "--max-queue", "48") as server:
         clients = [client_of(server) for _ in range(options.clients)]
         await timed(clients, urls, 2)
+        files_before = server.state()["files"]
         out = await soak(server, clients, urls, alone, options.soak)
         await _closed(clients)
+        await asyncio.sleep(2)
+        out |= {"files_before": files_before, "files_when_clients_had_closed": server.state()["files"]}
     return out
 
 

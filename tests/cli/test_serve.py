@@ -47,7 +47,8 @@ def test_a_server_starts_answers_and_finishes_what_runs(tmp_path: Path) -> None:
     command += ["--store", str(tmp_path / "album"), "--port", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        assert process.stderr is not None and f"http://127.0.0.1:{port}/" in process.stderr.readline().decode()
+        assert process.stderr is not None
+        assert any(f"http://127.0.0.1:{port}/ is the page" in line.decode() for line in process.stderr)
         while True:
             try:
                 assert get(f"http://127.0.0.1:{port}/health")["status"] == "ok"
