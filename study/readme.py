@@ -62,7 +62,15 @@ def families(page: str) -> dict[str, str]:
         works = [name for name, cell in zip(names, cells, strict=True) if cell == "works"]
         name = method.partition(",")[0].strip("`")
         found[name] = max(works, found.get(name, []), key=len)
-    return {name: f"all {len(names)}" if len(works) == len(names) else ", ".join(works) for name, works in found.items()}
+    return {name: _told(works, names) for name, works in found.items()}
+
+
+def _told(works: list[str], names: list[str]) -> str:
+    """The shorter of "all N", "all but ..." and the names themselves."""
+    without = [name for name in names if name not in works]
+    if len(without) > len(works):
+        return ", ".join(works)
+    return "all but " + ", ".join(without) if without else f"all {len(names)}"
 
 
 def methods() -> str:
@@ -73,8 +81,8 @@ def methods() -> str:
         cls = compressors.COMPRESSORS.get(name)
         path = "src/" + cls.__module__.replace(".", "/") + ".py"
         cached = "yes" if cls.QUESTION_INDEPENDENT else ""
-        works = "a model of its own, trained" if cls.TRAINED else where.get(name, "")
-        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {cls.ACTS} | {works} | {cached} |")
+        works = "its own model" if cls.TRAINED else where.get(name, "")
+        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {cls.ACTS.replace("the ", "")} | {works} | {cached} |")
     return "\n".join(lines)
 
 
