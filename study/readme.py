@@ -80,9 +80,9 @@ def methods() -> str:
     for name in compressors.names():
         cls = compressors.COMPRESSORS.get(name)
         path = "src/" + cls.__module__.replace(".", "/") + ".py"
-        cached = "yes" if cls.QUESTION_INDEPENDENT else ""
+        acts, cached = cls.ACTS.replace("the ", ""), "yes" if cls.QUESTION_INDEPENDENT else ""
         works = "its own model" if cls.TRAINED else where.get(name, "")
-        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {cls.ACTS.replace("the ", "")} | {works} | {cached} |")
+        lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {acts} | {works} | {cached} |")
     return "\n".join(lines)
 
 
