@@ -1,7 +1,7 @@
 """Times one prefill of each family with and without DivPrune, and ten questions from a cached image and from its pixels.
 
 Random models at a small shape (8 layers of width 256); CPU seconds of one thread, so that a busy machine matters less.
-`python -m benchmarks.families study/results/families/prefill.json`
+`python -m benchmarks.families study/results/families/families.json`
 """
 
 from __future__ import annotations

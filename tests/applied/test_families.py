@@ -145,7 +145,10 @@ def test_a_number_of_tokens_that_a_small_picture_lacks_is_refused(family: str) -
         model(**batch)
 
 
-@cases
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [pytest.param(*case.values, marks=() if case.values[1] == "divprune" else pytest.mark.slow) for case in CASES],
+)
 def test_beams_and_generation_without_a_cache_agree(family: str, name: str) -> None:
     """Beams repeat and reorder what is known of a prompt; without a cache each step reads all of it anew."""
     model, batch = model_of(family), tiny_inputs(family, [[0], [1]])
