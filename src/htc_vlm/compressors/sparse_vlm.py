@@ -62,7 +62,10 @@ class SparseVlm(AppliedOnly):
         """A released table; in other models than 576 patches and 32 layers, the table of the same share, scaled."""
         n_tokens = budget_tokens(cls.name, budget, n_patches)
         if (n_patches, n_layers) == (schedules.PUBLISHED_PATCHES, schedules.PUBLISHED_LAYERS):
-            schedules.sparse_vlm_budget(n_tokens, n_patches, n_layers)
+            try:
+                schedules.sparse_vlm_budget(n_tokens, n_patches, n_layers)
+            except ValueError as error:
+                raise ValueError(f"{cls.name}: {error}") from error
             return {"budget": n_tokens}
         tables = {round(share * n_patches / schedules.PUBLISHED_PATCHES): share for share in schedules.SPARSE_VLM}
         if n_tokens not in tables:

@@ -16,7 +16,7 @@ from htc_vlm.testing.tiny_llava import IMAGE, N_IMAGES, N_LAYERS, N_PATCHES, ass
 
 
 def _inputs(case: Case) -> dict[str, Tensor]:
-    return {**batch(rows(case.plain)), "pixel_values": pixels(3)}
+    return {**batch(rows(case.host)), "pixel_values": pixels(3)}
 
 
 def _answer(model: Any, inputs: dict[str, Tensor], n_new: int = 3, **options: Any) -> Any:
@@ -26,8 +26,8 @@ def _answer(model: Any, inputs: dict[str, Tensor], n_new: int = 3, **options: An
 
 def the_schedule_is_what_happened_when_applied(case: Case) -> None:
     """A method that reports fewer tokens than its layers see gets its place in the cost tables for nothing."""
-    with apply(case.plain, **case.compressor) as run:
-        logits = case.plain(**batch([[4, *[IMAGE] * N_PATCHES, 5, 6]]), pixel_values=pixels(1)).logits
+    with apply(case.host, **case.compressor) as run:
+        logits = case.host(**batch([[4, *[IMAGE] * N_PATCHES, 5, 6]]), pixel_values=pixels(1)).logits
         promised = run.method.schedule(N_PATCHES, N_LAYERS)
         assert run.schedule == promised, f"promised {promised}, ran {run.schedule}"
     assert bool(torch.isfinite(logits).all())
@@ -35,7 +35,7 @@ def the_schedule_is_what_happened_when_applied(case: Case) -> None:
 
 def the_model_is_what_it_was_afterwards(case: Case) -> None:
     """A hook, class or weight that stays behind changes every later result without a word."""
-    model, inputs = case.plain, _inputs(case)
+    model, inputs = case.host, _inputs(case)
     before = model(**inputs).logits
     kinds = [type(module) for module in model.modules()]
     keys = [sorted(vars(module)) for module in model.modules()]
@@ -53,14 +53,14 @@ def the_model_is_what_it_was_afterwards(case: Case) -> None:
 def another_picture_gives_other_logits_when_applied(case: Case) -> None:
     """A method that shows the model nothing passes most other checks."""
     inputs = batch([[*[IMAGE] * N_PATCHES, 5, 6]])
-    with apply(case.plain, **case.compressor):
-        one, other = (case.plain(**inputs, pixel_values=pixels(1, seed)).logits[:, -1] for seed in (1, 2))
+    with apply(case.host, **case.compressor):
+        one, other = (case.host(**inputs, pixel_values=pixels(1, seed)).logits[:, -1] for seed in (1, 2))
     assert (one - other).abs().max() > 0.01
 
 
 def cached_generation_is_uncached_recomputation(case: Case) -> None:
     """Decoding over layers of different lengths: wrong positions or masks show only after the first new token."""
-    model, inputs = case.plain, _inputs(case)
+    model, inputs = case.host, _inputs(case)
     with apply(model, **case.compressor):
         cached = _answer(model, inputs)
         anew = _answer(model, inputs, use_cache=False)
@@ -70,7 +70,7 @@ def cached_generation_is_uncached_recomputation(case: Case) -> None:
 
 def a_left_padded_batch_gives_what_its_samples_give(case: Case) -> None:
     """The released codes of FastV, PyramidDrop and SparseVLM read sample 0 only. 2, 0 and 1 images here."""
-    model, images, n_used = case.plain, pixels(3), 0
+    model, images, n_used = case.host, pixels(3), 0
     with apply(model, **case.compressor):
         together = _answer(model, _inputs(case), n_new=1).logits[0]
         for i, (row, n) in enumerate(zip(rows(model), N_IMAGES, strict=True)):
@@ -83,7 +83,7 @@ def sdpa_and_eager_agree_when_applied(case: Case) -> None:
     """A mask in the form that one backend ignores."""
     outs = []
     for backend in ("sdpa", "eager"):
-        model = tiny_llava.shared({"name": "none"}, backend)
+        model = tiny_llava.host(backend)
         with apply(model, **case.compressor):
             outs.append(_answer(model, _inputs(case), n_new=2).logits)
     assert_close(*outs)

@@ -29,8 +29,13 @@ class Case:
 
     @property
     def plain(self) -> HtcVlmForConditionalGeneration:
-        """A model without compressor, to apply the method to; shared by all checks."""
+        """The same model without compressor; shared by all checks."""
         return tiny_llava.shared({"name": "none"}, self.attention)
+
+    @property
+    def host(self) -> HtcVlmForConditionalGeneration:
+        """A model without compressor, to apply the method to; shared by all checks."""
+        return tiny_llava.host(self.attention)
 
     @property
     def method(self) -> Compressor:

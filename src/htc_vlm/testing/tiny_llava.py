@@ -23,9 +23,9 @@ N_VOCABULARY = 40  # 0 pad, 1 end, 2 unknown, 3 begin, 4 to 37 words, 38 <image>
 TOLERANCE = 1e-4  # of logits about 10 in size, in float32
 
 
-def vision_config() -> CLIPVisionConfig:
+def vision_config(n_blocks: int = 2) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=16, intermediate_size=32, num_hidden_layers=n_blocks, num_attention_heads=2, image_size=32, patch_size=8,
         projection_dim=16,
     )  # fmt: skip
 
@@ -65,6 +65,18 @@ def shared(compressor: dict[str, Any], attention: str = "sdpa") -> HtcVlmForCond
 @functools.cache
 def _shared(compressor: str, attention: str) -> HtcVlmForConditionalGeneration:
     return build(json.loads(compressor), attention)
+
+
+@functools.cache
+def host(attention: str = "sdpa") -> HtcVlmForConditionalGeneration:
+    """An uncompressed model to apply methods to: four blocks in its tower, room for methods inside; do not change it."""
+    made = config(None, attention)
+    made.vision_config = vision_config(n_blocks=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = HtcVlmForConditionalGeneration(made).eval()
+    model.generation_config.suppress_tokens = [IMAGE, BOTTLENECK]
+    return model
 
 
 def forget() -> None:
