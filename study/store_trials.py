@@ -184,7 +184,7 @@ def _read_for_ever(folder: Path, ids: Sequence[str], stop: Any, answer: Any) -> 
 
 def entries(model: str, n: int = 100_000, dtypes: Sequence[str] = ("model", "int4")) -> dict[str, Any]:
     """n images: bytes on disk, rows a second written, milliseconds a read; alone, and two reading while one writes."""
-    return {"images": n, "load_average": os.getloadavg()[0], **{dtype: _entries(model, n, dtype) for dtype in dtypes}}
+    return {"images": n, "load_average": os.getloadavg()[0], "dtypes": {dtype: _entries(model, n, dtype) for dtype in dtypes}}
 
 
 def _entries(model: str, n: int, dtype: str) -> dict[str, Any]:
@@ -326,7 +326,8 @@ def batch(model: str, n: int = 2000, n_broken: int = 50, with_ray: bool = True) 
             }  # fmt: skip
             print(out["runs"], file=sys.stderr, flush=True)
         if with_ray:
-            report, _ = _run(root, 100, "ray", [*words, "--engine", "ray", "--actors", "2"], {"HTC_VLM_RAY_CPUS": "4"})
+            settings = {"HTC_VLM_RAY_CPUS": "4", "RAY_worker_niceness": "0"}
+            report, _ = _run(root, 100, "ray", [*words, "--engine", "ray", "--actors", "2"], settings)
             rows = [(root / f"{name}.out" / "answers.jsonl").read_text() for name in ("flat100", "ray")]
             out["ray"] = {"rows": report["rows"], "seconds": report["seconds"], "same_rows_as_local": rows[0] == rows[1]}
     return out

@@ -194,6 +194,7 @@ def test_ray_gives_the_rows_of_the_local_engine(tmp_path: Path, monkeypatch: pyt
     from htc_vlm.batch import on_ray
 
     monkeypatch.setenv("HTC_VLM_RAY_CPUS", "4")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's workers are nice to others, and would not end on a busy machine
     source = folder_of(tmp_path / "in", 24)
     run(str(source), ASKED, tmp_path / "local", settings(tmp_path / "a"), local.engine, 4)
     try:

@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="htc-vlm store",
         description=__doc__,
-        epilog="Exit code 0: done; 1: partly (some pictures could not be read, some images are damaged); 2: refused.",
+        epilog="Options: add: --model --dtype --method --budget --maps --batch-size; get, export: --output --force; list: "
+        "--limit --name --json. Exit code 0: done; 1: partly (some pictures could not be read, some images are damaged); 2: "
+        "refused.",
     )
     actions = arguments.add_subparsers(dest="action", required=True, metavar="ACTION")
 
