@@ -6,9 +6,9 @@ Random models at a small shape (8 layers of width 256); CPU seconds of one threa
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,11 @@ def ten_questions(family: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def main(path: str) -> None:
+def main() -> int:
+    """Measures every family and writes the result file."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("output", type=Path, help="the result file, e.g. study/results/families/families.json")
+    path = arguments.parse_args().output
     torch.set_num_threads(1)
     small_shape()
     clock = "process CPU time, one thread, median of 3"
@@ -102,9 +106,10 @@ def main(path: str) -> None:
         for family in FAMILIES:
             result[part][family] = measure(family)
             print(part, family, result[part][family], flush=True)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result | provenance(), indent=1) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | provenance(), indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    raise SystemExit(main())

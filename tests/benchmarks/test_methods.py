@@ -42,6 +42,7 @@ def result(methods: ModuleType) -> dict[str, Any]:
     own = {
         "qformer": {"width": 16, "n_layers": 2, "n_heads": 2},
         "htc": {"quantizer": tinies.TINY_CODE},
+        "readers": {"n_readers": 2},  # as many as the tiny shape has key-value heads
     }
     shape = methods.Shape(config, torch.float32, own, instead={"sparse_vlm": {"layers": (0, 2), "keep": (6, 2), "n_heads": 2}})
     return methods.measure(shape, torch.device("cpu"), [4], n_text=5, n_new=2, repeats=1)

@@ -81,6 +81,7 @@ def test_a_missing_picture_is_named(root: Path, monkeypatch: pytest.MonkeyPatch)
         command.run(["easy-vqa", "--data", str(root)])
 
 
+@pytest.mark.slow
 def test_pictograms_are_written_as_they_are_composed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two scenes of each split, 12 questions each. Prevents lossy pictures, and a limit that is not obeyed."""
     assert command.run(["pictograms", "--out", str(tmp_path), "--limit", "2"]) == 0

@@ -27,6 +27,7 @@ def train(output: Path, arguments: list[str], *launcher: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     """Each process got as many images as one alone, the data ended half way, and the metrics stood there twice."""
     preset = tiny.write_preset(tmp_path, instruct={"learning_rate": "1e-3"})

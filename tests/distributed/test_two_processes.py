@@ -47,6 +47,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["fsdp", "native_fsdp"])
 def test_a_sharded_step_is_that_of_one_process(found: Found, work: str) -> None:
     """fully_shard by hand, or by transformers while loading: a gradient summed instead of averaged would go unnoticed."""

@@ -182,6 +182,7 @@ run_task(Slow(), Colours(), sys.argv[1], batch_size=1)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_loses_nothing_that_was_answered(tmp_path: Path) -> None:
     """A real SIGKILL, not an exception: what was answered is on disk, and only the open question is asked again."""
     (tmp_path / "tests_eval_conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())

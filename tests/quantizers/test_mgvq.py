@@ -289,6 +289,7 @@ def test_a_run_that_starts_from_an_earlier_tokenizer_begins_with_its_weights(tmp
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """Prevents a resume that repeats or skips a batch, or loses optimizer state or the dead-code randomness."""
     train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "whole")

@@ -348,6 +348,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
         assert n_kept >= 100 and store.get(ids[:n_kept]).kv.equal(images.kv[:n_kept]) and store.verify() == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights to meet a folder it may not write to")
 def test_a_read_only_store_is_read_and_says_so_when_written_to(tmp_path: Path) -> None:
     """A model on a shared disk: reading must not need to write a log beside it."""

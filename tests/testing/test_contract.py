@@ -159,6 +159,7 @@ def test_what_cannot_be_checked_is_refused(given: Any, message: str) -> None:
         check_compressor(given)
 
 
+@pytest.mark.slow
 def test_pytest_is_not_needed() -> None:
     """Somebody's package may be tested with unittest, or by hand."""
     code = (
