@@ -7,6 +7,7 @@ Differs: ours.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,19 +129,20 @@ class CompressAndAsk:
         good = [i for i, error in enumerate(batch["error"]) if not error]
         unique = list(dict.fromkeys(str(batch["id"][i]) for i in good))
         images = self._images(unique)
-        pairs = [(i, str(question)) for i in good for question in batch["asked"][i]]
+        asked = [json.loads(str(one)) for one in batch["asked"]]
+        pairs = [(i, question) for i in good for question in asked[i]]
         which = [unique.index(str(batch["id"][i])) for i, _ in pairs]
         answers: list[str] = []
         for start in range(0, len(pairs), ASK_AT_ONCE):
             part = slice(start, start + ASK_AT_ONCE)
-            asked = [question for _, question in pairs[part]]
-            answers += self.answerer.ask(images, which[part], asked, self.settings.max_new_tokens)
+            texts = [question for _, question in pairs[part]]
+            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)
         given = iter(answers)
         rows: list[tuple[Any, ...]] = []
         for i, error in enumerate(batch["error"]):
-            for number, question in enumerate(batch["asked"][i]):
+            for number, question in enumerate(asked[i]):
                 answer = "" if error else next(given)
-                rows.append((batch["path"][i], batch["id"][i], number, str(question), answer, error))
+                rows.append((batch["path"][i], batch["id"][i], number, question, answer, error))
         columns = zip(*rows, strict=True) if rows else ([] for _ in ROW)
         kinds = {"number": np.int64}
         return {name: np.array(list(column), dtype=kinds.get(name, object)) for name, column in zip(ROW, columns, strict=True)}
@@ -167,10 +169,10 @@ class CompressAndAsk:
 
 
 def columns_of(refs: Sequence[Ref], asked: Sequence[Sequence[str]]) -> Columns:
-    """Refs and their questions as columns."""
+    """Refs and their questions as columns; lists of questions as JSON, which every engine can carry."""
     keys = ("name", "kind", "at", "size")
     columns: Columns = {key: [getattr(ref, key) for ref in refs] for key in keys}
-    return {**columns, "path": [os.path.abspath(ref.path) for ref in refs], "asked": [list(one) for one in asked]}
+    return {**columns, "path": [os.path.abspath(ref.path) for ref in refs], "asked": [json.dumps(list(one)) for one in asked]}
 
 
 def is_ready(model: str) -> Path:
