@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path("study/results/store")
 NAMES = ("kill", "damage", "entries", "dtypes", "batch")
@@ -30,9 +31,12 @@ def run(argv: list[str]) -> int:
 
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.names or NAMES:
-        more = {"with_ray": False} if name == "batch" and options.no_ray else {}
-        result = TRIALS[name](options.model, **more)
         about = {"trial": name, "model": options.model, "cpus": os.cpu_count()}
-        write_json(options.output / f"{name}.json", about | result | provenance())
+
+        def keep(result: dict[str, Any], name: str = name, about: dict[str, Any] = about) -> None:
+            write_json(options.output / f"{name}.json", about | result | provenance())
+
+        more = {"with_ray": not options.no_ray, "keep": keep} if name == "batch" else {}
+        keep(TRIALS[name](options.model, **more))
         print(options.output / f"{name}.json", flush=True)
     return 0
