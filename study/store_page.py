@@ -1,0 +1,88 @@
+"""Writes what the trials of the store gave into docs/store.md, between its marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- trials -->", "<!-- /trials -->"
+
+
+def write(page: Path, results: Path) -> None:
+    """Replace what stands between the marks by what the result files say; trials without a file are left out."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2] if END in rest else rest
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    parts = "\n\n".join(make(found[name]) for name, make in PARTS.items() if name in found)
+    page.write_text(f"{before}{BEGIN}\n{parts}\n{END}{after}", encoding="utf-8")
+
+
+def dtypes(result: dict[str, Any]) -> str:
+    splits = {"test": "styles seen in training", "test-unseen": "an unseen style"}
+    lines = [
+        "| dtype | bytes a picture | computed for 7B | points lost, seen | points lost, unseen | same answers |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    at_7b = result["computed_at_7b"]
+    for name, row in result["test"]["dtypes"].items():
+        lost = []
+        for split in splits:
+            one = result[split]["dtypes"][name]
+            lost.append(f"{one['points_lost']:.1f} ({one['low']:.1f} to {one['high']:.1f})")
+        big = at_7b["bfloat16"] if name == "model" else at_7b[name]
+        lines.append(f"| {name} | {row['bytes_per_image']:,} | {big:,} | {' | '.join(lost)} | {row['same_answers']:.1f} % |")
+    n = result["test"]["questions"]
+    right = ", ".join(f"{result[split]['dtypes']['model']['right']:.1f} % on {what}" for split, what in splits.items())
+    return "\n".join(lines) + (
+        f"\n\n`{result['model']}` on {n:,} questions a split (95 % intervals over pictures); unpacked it is right in {right}. "
+        f"int2's levels are calibrated on {result['calibrated_on']} training pictures."
+    )
+
+
+def entries(result: dict[str, Any]) -> str:
+    lines = [
+        f"| {result['images']:,} pictures | MB on disk | rows/s written | ms a read | ms of 32 | ms a read, beside a writer |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["dtypes"].items():
+        both = row["two_readers_one_writer"]
+        lines.append(
+            f"| {name}, {row['bytes_per_image']:,} bytes | {row['mb_on_disk']:,} | {row['rows_per_second']:,} | "
+            f"{row['read_ms']['median']} | {row['read_32_ms']['median']} | {both['read_ms']['median']} |"
+        )
+    shared = f"on {result['cpus']} cores that other work shared (load average {result['load_average']:.0f})"
+    return "\n".join(lines) + f"\n\nMedians, {shared}; beside a writer, two processes read."
+
+
+def kill(result: dict[str, Any]) -> str:
+    return (
+        f"Two writers killed ({result['kills']} kill -9): of {result['acknowledged']:,} acknowledged images "
+        f"{result['lost']} lost, {result['wrong']} wrong."
+    )
+
+
+def damage(result: dict[str, Any]) -> str:
+    told = result["of_them"]
+    named = told["images_named"] + told["file_named"]
+    return (
+        f"A byte of {result['flipped']} images flipped: {result['found']} found, {result['given_wrong']} given. "
+        f"Of {result['flips_anywhere']} flips anywhere in the files, {told['harmless']} hit nothing that is read, {named} were "
+        f"named, {told['given_wrong']} gave a wrong image."
+    )
+
+
+def batch(result: dict[str, Any]) -> str:
+    killed = result["killed"]
+    peaks = {f"{count} pictures": run["peak_mb"] for count, run in result.get("runs", {}).items()}
+    peaks[f"{killed['last_run']['pictures']:,}"] = killed["last_run"]["peak_mb"]
+    memory = ", ".join(f"{peak} MB for {what}" for what, peak in peaks.items())
+    return (
+        f"A batch of {result['pictures']:,} pictures, {result['broken']} of them broken, killed at {killed['at'][0]} and "
+        f"{killed['at'][1]}: {killed['distinct_rows']:,} of {killed['expected_rows']:,} rows, each once, {killed['refused']} "
+        f"pictures refused. Most memory: {memory}."
+    )
+
+
+PARTS = {"dtypes": dtypes, "entries": entries, "kill": kill, "damage": damage, "batch": batch}
