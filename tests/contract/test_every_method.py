@@ -1,4 +1,4 @@
-"""What every method promises (htc_vlm/testing has the checks): each of its examples, on sdpa and on eager."""
+"""What every method promises (htc_vlm/testing has the checks): each of its examples."""
 
 from __future__ import annotations
 
