@@ -7,6 +7,7 @@ drawn by vendors seen in training, the second by one that was not.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from htc_vlm import load
@@ -69,6 +70,8 @@ def main() -> int:
             f"{name:<14} {row['cached_tokens']:>14} {row['cache_bytes']:>9,} {row['encode_ms']:>10.1f} "
             f"{row['first_token_ms']:>15.1f}"
         )
+    serve = f"{Path(sys.executable).parent / 'htc-vlm'} serve --store {out / 'album'}"
+    print(f"\nAsk on a page, about pictures of your own choice: {serve}    # then open http://127.0.0.1:8000/")
     return 0
 
 
