@@ -57,6 +57,7 @@ def test_a_sharded_step_is_that_of_one_process(found: Found, work: str) -> None:
         assert one["moved"] > 1e-3 and one["difference"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["fsdp", "native_fsdp"])
 def test_a_checkpoint_saved_from_shards_is_whole(found: Found, work: str) -> None:
     """The save crashed at the first sharded weight; and a process that gathers alone waits for the others for ever."""
