@@ -58,8 +58,8 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 table: $(READY)
-	$(BIN)/python study/page.py
-	$(BIN)/python study/readme.py
+	$(BIN)/python -m study.page
+	$(BIN)/python -m study.readme
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build

@@ -1,6 +1,6 @@
 """Redraw the pictures of docs/assets/provenance with the shipped `tiny-upper`.
 
-    python study/draw_token_maps.py
+    python -m study.draw_token_maps
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rebuild the tables of docs/methods.md between markers from study/results/methods/*.json; --check only compares.
 
-    python study/methods.py [--check]
+    python -m study.methods [--check]
 """
 
 from __future__ import annotations

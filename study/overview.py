@@ -1,6 +1,6 @@
 """Draws the README's first picture with the shipped models: a picture, its tokens, the few a method keeps, the cached one.
 
-    python study/overview.py [--output docs/assets/overview.png]
+    python -m study.overview [--output docs/assets/overview.png]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rebuild the blocks of docs/performance.md between markers from study/results/real_size/*.json; --check only compares.
 
-    python study/performance.py [--check]
+    python -m study.performance [--check]
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main() -> int:
     new = rebuilt(old)
     if arguments.parse_args().check:
         if new != old:
-            print("docs/performance.md differs from study/results/real_size; run study/performance.py", file=sys.stderr)
+            print("docs/performance.md differs from study/results/real_size; run python -m study.performance", file=sys.stderr)
         return int(new != old)
     PAGE.write_text(new)
     return 0

@@ -1,6 +1,6 @@
 """Rebuilds the generated blocks of README.md from the registry and from study/results; --check only compares.
 
-    python study/readme.py [--check]
+    python -m study.readme [--check]
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> int:
     new = rebuilt(old)
     if check:
         if new != old:
-            print("README.md differs from study/results or the registry; run study/readme.py", file=sys.stderr)
+            print("README.md differs from study/results or the registry; run python -m study.readme", file=sys.stderr)
         return int(new != old)
     readme.write_text(new, encoding="utf-8")
     return 0

@@ -1,6 +1,6 @@
 """Rebuild the measured block of docs/serving.md from study/results/serve/cpu.json; --check only compares.
 
-    python study/serving.py [--check]
+    python -m study.serving [--check]
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> int:
     new = rebuilt(old)
     if options.check:
         if new != old:
-            print("docs/serving.md differs from study/results/serve; run study/serving.py", file=sys.stderr)
+            print("docs/serving.md differs from study/results/serve; run python -m study.serving", file=sys.stderr)
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
     return 0

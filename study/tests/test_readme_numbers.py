@@ -12,6 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_readme_says_what_the_result_files_say() -> None:
     """A number typed by hand, or left behind by a newer result, would be found by nobody else."""
     done = subprocess.run(
-        [sys.executable, "study/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "study.readme", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr

@@ -230,6 +230,6 @@ def test_the_study_of_this_repository_is_whole() -> None:
 def test_the_results_page_says_what_the_result_files_say() -> None:
     """A table typed by hand, or left behind by a newer result, would be found by nobody else."""
     done = subprocess.run(
-        [sys.executable, "study/page.py", "--check"], cwd=REPO, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "study.page", "--check"], cwd=REPO, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
