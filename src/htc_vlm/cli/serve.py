@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -56,6 +57,8 @@ def run(argv: list[str]) -> int:
     print(f"{at}/ is the page, {at}/v1 is for OpenAI clients", file=sys.stderr)
     where = {"host": options.host, "port": options.port, "timeout_graceful_shutdown": options.grace}
     where["timeout_keep_alive"] = KEEP_ALIVE_SECONDS
+    # uvicorn finishes what runs, and then raises the signal again as it was handled before: the end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server = uvicorn.Server(uvicorn.Config(app, **where, log_level="warning", server_header=False))
     server.run()
     return 0 if server.started else 2
