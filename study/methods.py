@@ -82,7 +82,7 @@ def main() -> int:
     new = rebuilt(old)
     if is_check:
         if new != old:
-            print("docs/methods.md differs from study/results/methods; run scripts/methods.py", file=sys.stderr)
+            print("docs/methods.md differs from study/results/methods; run python -m study.methods", file=sys.stderr)
         return int(new != old)
     PAGE.write_text(new)
     return 0

@@ -25,7 +25,6 @@ from htc_vlm.applied.prompts import (
     first_largest,
     groups_of,
     image_columns,
-    layout_of,
     merged_into,
     number_images,
     renumbered,
@@ -119,7 +118,7 @@ class Door(nn.Module):
             if run.in_place is not None:
                 run.seen.append((group, None, method))
             else:
-                images = self._features(run, states, columns, is_real, image, position)
+                images = features_of(run, states, columns, position)
                 tokens = checked(method, method.before_llm(images), n_wanted)
                 run.seen.append((group, images, method))
                 first = columns[:, :n_wanted]
@@ -145,22 +144,14 @@ class Door(nn.Module):
                 shift = last(position.expand(len(image), -1), is_real) - last(changed["position_ids"], packed.is_real)
         return changed, Past(image.shape[1], (packed.is_real,), (shift,))
 
-    def _features(
-        self, run: Run, states: Tensor, columns: Tensor, is_real: Tensor, image: Tensor, position: Tensor | None
-    ) -> ImageFeatures:
-        """A group's tokens as the decoder was to get them, and the text that asks about them."""
-        assert run.prompt is not None
-        n_prompt = run.prompt.length or image.shape[1]
-        place = None
-        if run.has_axes and position is not None:
-            place = position[..., columns // image.shape[1], columns % image.shape[1]]
-        return ImageFeatures(
-            features=states.flatten(0, 1)[columns],
-            project=lambda tokens: tokens,
-            grid=run.grid_of(columns.shape[1], place) if run.grid_matters else None,
-            text=states[columns[:, 0] // image.shape[1], :n_prompt],
-            is_text=layout_of(image, is_real, n_prompt).is_text[columns[:, 0] // image.shape[1]],
-        )
+
+def features_of(run: Run, states: Tensor, columns: Tensor, position: Tensor | None) -> ImageFeatures:
+    """A group's tokens as the decoder was to get them: they are projected already."""
+    n, place = states.shape[1], None
+    if run.has_axes and position is not None:
+        place = position[..., columns // n, columns % n]
+    grid = run.grid_of(columns.shape[1], place) if run.grid_matters else None
+    return ImageFeatures(features=states.flatten(0, 1)[columns], project=lambda tokens: tokens, grid=grid)
 
 
 def shares(method: Compressor, images: ImageFeatures) -> Tensor:

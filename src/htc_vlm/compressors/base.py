@@ -60,8 +60,6 @@ class ImageFeatures:
     codes: Tensor | None = None  # (B, h, w, channels) quantized latents computed before; None: from pixels
     tower: TowerView | None = None  # for methods that ask for it by `reads_tower`
     grid: tuple[int, int] | None = None  # rows and columns of the patches; None: a square
-    text: Tensor | None = None  # (B, L, D) the prompt of each image's sample as the LLM receives it; only in `apply`
-    is_text: Tensor | None = None  # (B, L) bool, which of them are text
     merged: TokenMerge | None = None  # what `tower_merges` did; `features` are then the merged ones
 
     @property
