@@ -60,7 +60,9 @@ def compress(
     made, context = method_of(model, method, settings)
     prefix = {"method": made, "prefix": asked.before, "after": marks_after(processor, asked, inputs[0])}
     recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": prefix})
-    with context():
+    with context() as applied:
+        if applied is not None:
+            applied.run.is_one_picture = True
         kept = [entries(model, one) for one in inputs]
     counts = sorted({one.shape[4] for one, _ in kept})
     if len(counts) > 1:
