@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from htc_vlm.store.rows import (
     COLUMNS,
@@ -132,11 +133,8 @@ class Shards(ShardFiles):
         """The id of a name. UnknownImageError; DamagedImageError where what the name says does not match its checksum."""
         found: list[tuple[float, bytes]] = []
         for shard in range(N_SHARDS):
-            with self._speaking(shard):
-                db = self._connect(shard, create=False)
-                select = "SELECT name, id, checksum, added FROM names WHERE name = ?"
-                records = [] if db is None else db.execute(select, (name_as_stored(name),)).fetchall()
-            for record in records:
+            select = "SELECT name, id, checksum, added FROM names WHERE name = ?"
+            for record in self.select(shard, select, (name_as_stored(name),)):
                 if not self._name_holds(record):
                     raise DamagedImageError(f"{self.folder}: the name {name!r} is damaged; add its picture again")
                 found.append((record[3], record[1]))
@@ -144,42 +142,33 @@ class Shards(ShardFiles):
             raise UnknownImageError(f"{self.folder}: no image named {name!r}; `htc-vlm store list` shows what there is")
         return max(found)[1]
 
-    def ids(self) -> Iterator[tuple[bytes, float, int]]:
-        """(id, when added, bytes), oldest first in each shard; without holding a transaction open."""
+    def select(self, shard: int, text: str, values: Sequence[Any] = ()) -> list[tuple]:
+        """What a SELECT finds in one shard; nothing where there is no such file. OSError, DamagedImageError."""
+        with self._speaking(shard):
+            db = self._connect(shard, create=False)
+            return [] if db is None else db.execute(text, values).fetchall()
+
+    def ids(self) -> Iterator[bytes]:
+        """All ids, shard by shard; without holding a transaction open."""
         for shard in range(N_SHARDS):
             after = 0
-            while True:
-                with self._speaking(shard):
-                    db = self._connect(shard, create=False)
-                    select = (
-                        "SELECT rowid, id, added, length(kv) + length(seen) FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?"  # noqa: E501
-                    )
-                    records = [] if db is None else db.execute(select, (after, READ_AT_ONCE)).fetchall()
-                if not records:
-                    break
-                for _, id, added, size in records:
-                    if is_key(id) and isinstance(added, float):  # a damaged one is `damaged`'s
-                        yield id, added, size
+            select = "SELECT rowid, id FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            while records := self.select(shard, select, (after, READ_AT_ONCE)):
+                yield from (id for _, id in records if is_key(id))  # a damaged one is `damaged`'s
                 after = records[-1][0]
 
     def names(self, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
         """The names of images, in the order they were given."""
         found: dict[bytes, list[str]] = {id: [] for id in ids}
         for id in ids:
-            with self._speaking(_shard_of(id)):
-                db = self._connect(_shard_of(id), create=False)
-                select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
-                records = [] if db is None else db.execute(select, (id,)).fetchall()
+            select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
+            records = self.select(_shard_of(id), select, (id,))
             found[id] = [name_as_given(record[0]) for record in records if self._name_holds(record)]
         return found
 
     def __len__(self) -> int:
-        total = 0
-        for shard in range(N_SHARDS):
-            with self._speaking(shard):
-                db = self._connect(shard, create=False)
-                total += 0 if db is None else db.execute("SELECT count(*) FROM images").fetchone()[0]
-        return total
+        counts = [self.select(shard, "SELECT count(*) FROM images") for shard in range(N_SHARDS)]
+        return sum(found[0][0] for found in counts if found)
 
     # --------------------------------------------------------------------------------------------------------- checking
     def damaged(self) -> Iterator[tuple[int, list[bytes]]]:
