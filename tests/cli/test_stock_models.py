@@ -122,7 +122,7 @@ def test_pictures_of_other_counts_of_tokens_go_into_a_store(
     rows = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == [*answers(folder, "none"), None] and "not a picture" in rows[3]["error"]
     with ImageStore.open(tmp_path / "s") as store:
-        assert store.method == {"name": "none"} and len({store.get([one]).n_bottleneck for one in store.list()}) == 2
+        assert store.method == {"name": "none"} and len({store.get([one]).n_bottleneck for one in store.list()}) == 3
 
 
 COMMANDS = {
