@@ -58,7 +58,7 @@ def main() -> int:
             time.sleep(0.05)
         with sync_playwright() as engine:
             browser = engine.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1000, "height": 830})
+            page = browser.new_page(viewport={"width": 1000, "height": 860})
             page.set_default_timeout(300_000)
             page.goto(f"http://127.0.0.1:{port}")
             page.set_input_files("#files", [str(file) for file in files])
@@ -72,7 +72,7 @@ def main() -> int:
             page.locator("#question").blur()
             shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
             browser.close()
-        shot.resize((720, 598), Image.Resampling.LANCZOS).quantize(64).save(output, optimize=True)
+        shot.resize((720, 619), Image.Resampling.LANCZOS).quantize(128).save(output, optimize=True)
         server.should_exit = True
         thread.join()
     print(output)
