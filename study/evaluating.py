@@ -27,7 +27,7 @@ from htc_vlm.eval.task import HasBaselines, Item, check_split, make_task
 from htc_vlm.model.answering import Answerer, AskLike
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.tiny.features import FeatureCache, fill, load_picture, meta_for
-from htc_vlm.train.packed_data import code_key
+from htc_vlm.train.setup import code_key
 from study import answers
 
 
@@ -94,7 +94,7 @@ def features_of(tests: TaskSet, tower: Any, folder: Path) -> FeatureCache:
 def codes_of_tasks(tests: TaskSet, model: Any, folder: Path, batch_size: int = 64) -> np.ndarray | None:
     """(n pictures, h, w, channels) of a method with a code, from the pixels that the tower sees; None for others."""
     compressor = model.model.compressor
-    if compressor.name != "htc" or not compressor.has_code:
+    if not getattr(compressor, "has_code", False):
         return None
     key = hashlib.sha256("\n".join(tests.images).encode()).hexdigest()[:8]
     file = folder / f"{tests.task}-{tests.split}-{key}-codes-{code_key(compressor)}.npy"
