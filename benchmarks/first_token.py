@@ -24,9 +24,9 @@ import torch
 
 from htc_vlm.eval.run import Ask, batches, write_json
 from htc_vlm.eval.run_info import provenance
-from study import evaluating
-from study import runner as study
+from study import evaluating, runner
 from study.definitions import Experiment, followed, read_tables
+from study.jobs import Job, Study, make_job, task_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 N_QUESTIONS = 32
@@ -43,17 +43,17 @@ def rows_of(experiments: Path) -> dict[str, Experiment]:
     return out
 
 
-def timer(job: study.Job, where: study.Study) -> Callable[[], float] | None:
+def timer(job: Job, where: Study) -> Callable[[], float] | None:
     """A call that asks the row's questions and returns the seconds until each has its first token; None: impossible."""
     if job.impossible:
         return None
-    model, processor = study.starting_model(job, where)
+    model, processor = runner.starting_model(job, where)
     try:
-        with study.applied_method(job, model):
+        with runner.applied_method(job, model):
             pass
     except ValueError:  # the method refuses this model
         return None
-    (tests,) = study.task_sets(job.experiment, where).values()
+    (tests,) = task_sets(job.experiment, where).values()
     features = evaluating.features_of(tests, model.model.vision_tower, where.cache)
     codes = evaluating.codes_of_tasks(tests, model, where.cache)
     answerer = evaluating.SharedAnswerer(model.eval(), processor, tests, features, codes)
@@ -61,7 +61,7 @@ def timer(job: study.Job, where: study.Study) -> Callable[[], float] | None:
     asks = [Ask(group[0].image, group[0].load, [item.prompt for item in group]) for group in batch]
 
     def once() -> float:
-        with study.applied_method(job, model):
+        with runner.applied_method(job, model):
             _wait(where.device)
             start = time.perf_counter()
             answerer.answer_batch(asks, max_new_tokens=1)
@@ -94,9 +94,9 @@ def measure(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, di
     return out
 
 
-def build(rows: dict[str, Experiment], where: study.Study) -> dict[str, Callable[[], float]]:
+def build(rows: dict[str, Experiment], where: Study) -> dict[str, Callable[[], float]]:
     """A timer for each row that its method does not refuse."""
-    found = {name: timer(study.make_job(one, 0, where), where) for name, one in rows.items()}
+    found = {name: timer(make_job(one, 0, where), where) for name, one in rows.items()}
     return {name: once for name, once in found.items() if once is not None}
 
 
@@ -111,13 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     data = options.data or Path(os.environ.get("HTC_VLM_DATA", "data"))
     with tempfile.TemporaryDirectory() as work:
-        where = study.Study(
+        where = Study(
             work=Path(work), results=options.output.parent, cache=options.cache or Path(work) / "cache", data=data,
             device=options.device, batch_size=N_QUESTIONS,
         )  # fmt: skip
         result: dict[str, Any] = {
             "rows": measure(build(rows_of(options.experiments), where), options.rounds),
-            "n_questions": N_QUESTIONS, "rounds": options.rounds, "device": study.device_name(options.device),
+            "n_questions": N_QUESTIONS, "rounds": options.rounds, "device": runner.device_name(options.device),
             "threads": torch.get_num_threads(), **provenance(),
         }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from htc_vlm.eval.task import HasBaselines, Item, check_split, make_task
 from htc_vlm.model.answering import Answerer, AskLike
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.tiny.features import FeatureCache, fill, load_picture, meta_for
-from htc_vlm.train.setup import code_key
+from htc_vlm.train.packed_data import code_key
 from study import answers
 
 

@@ -17,25 +17,11 @@ from typing import Any
 
 from study import ladder
 from study.definitions import read_tables
+from study.grids import cost_grid, csv_grid, differences_grid, lines_grid, refusals, retention_grid
 from study.paper import table2_rows
 from study.plots import draw
 from study.probe import as_markdown as probe_table
-from study.study_tables import (
-    MIN_APART,
-    N_RESAMPLES,
-    StudyRow,
-    StudyTable,
-    cost_grid,
-    csv_grid,
-    differences_grid,
-    headlines,
-    lines_grid,
-    load_table,
-    refusals,
-    retention,
-    retention_grid,
-    separating,
-)
+from study.study_tables import MIN_APART, N_RESAMPLES, StudyRow, StudyTable, headlines, load_table, retention, separating
 from study.tables import to_csv, to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]

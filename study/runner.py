@@ -4,18 +4,16 @@ Source:  docs/design.md (one experiment = one YAML = one JSON per seed).
 Differs: nothing known.
 
 All rows share the frozen tower's features (`cache`), the order of the data (by the seed) and the weights they start
-from. A result is never overwritten: one that was made under another config is an error that says what differs.
+from.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,225 +21,19 @@ from typing import Any
 import torch
 
 import htc_vlm
-from htc_vlm import compressors
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.files import write_json
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import find, load
-from htc_vlm.ops import schedules
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import codes_of
 from htc_vlm.tokens import equivalent_tokens
 from htc_vlm.train import presets
-from htc_vlm.train.setup import CODE_PICTURE_SIZE, code_key, train_stage
+from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
+from htc_vlm.train.setup import train_stage
 from study import answers, evaluating
-from study.definitions import Experiment
-from study.given_quantizer import needs_quantizer, quantizer_of
-
-# Settings of the loop that change no weight.
-WITHOUT_EFFECT = ("seed", "save_every", "log_every", "workers")
-
-
-@dataclass(frozen=True)
-class Study:
-    """Where things lie. work: runs in progress; cache: features; data: the data sets; results: what is committed."""
-
-    work: Path
-    results: Path
-    cache: Path
-    data: Path
-    device: str
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """One experiment with one seed. config: all that its numbers depend on; impossible: why the method refuses."""
-
-    experiment: Experiment
-    seed: int
-    config: dict[str, Any]
-    impossible: str | None = None
-
-    @property
-    def name(self) -> str:
-        """table/row/seed"""
-        return f"{self.experiment.name}/{self.seed}"
-
-    def result_file(self, study: Study) -> Path:
-        return study.results / self.experiment.table / self.experiment.row / f"{self.seed}.json"
-
-    def folder(self, study: Study) -> Path:
-        return study.work / self.experiment.table / self.experiment.row / str(self.seed)
-
-
-# ------------------------------------------------------------------------------------------------ config
-def checkpoint_identity(name: str | None) -> dict[str, str] | None:
-    """{"checkpoint": as named, "sha256": of its weights}; None for no checkpoint."""
-    if name is None:
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(find(name).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return {"checkpoint": _portable(name), "sha256": digest.hexdigest()[:16]}
-
-
-def _portable(name: str) -> str:
-    """A name or relative path as it is; of an absolute path the last two parts; of what the study keeps, its name."""
-    path = Path(name)
-    if path.parent.parts[-2:] == ("study", "checkpoints"):  # once shipped under this name
-        return path.name
-    return "/".join(path.parts[-2:]) if path.is_absolute() else name
-
-
-def stage_preset(experiment: Experiment, seed: int) -> dict[str, Any]:
-    """The experiment's preset with its one stage as this experiment trains it."""
-    preset = presets.read(presets.find(experiment.preset))
-    stage = str(experiment.stage)
-    if stage not in preset["stages"]:
-        raise ValueError(f"preset {experiment.preset!r} has no stage {stage!r}; it has: {', '.join(preset['stages'])}")
-    block = {**preset["stages"][stage], **experiment.training, "compressor": experiment.compressor, "seed": seed}
-    data = preset["data"] if experiment.data is None else experiment.data
-    return {**preset, "data": data, "stages": {stage: block}}
-
-
-def training_config(experiment: Experiment, seed: int, work: Path) -> dict[str, Any]:
-    """All that the weights depend on, beside start and seed."""
-    preset = stage_preset(experiment, seed)
-    block = preset["stages"][experiment.stage]
-    settings = asdict(presets.loop_settings(block))
-    out: dict[str, Any] = {
-        "preset": experiment.preset,
-        "stage": experiment.stage,
-        "data": preset["data"],
-        "n_text": block.get("n_text", preset.get("n_text")),
-        "curriculum": block.get("curriculum"),
-        "trains": block.get("trains"),
-        "settings": {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT},
-        "teacher": checkpoint_identity(experiment.teacher) if settings["distill_weight"] else None,
-        "quantizer": None,
-    }
-    if settings["distill_weight"] and experiment.teacher is None:
-        raise ValueError("distill_weight is set, so a teacher is needed: the name of an uncompressed checkpoint")
-    if needs_quantizer(experiment.compressor):
-        if experiment.mgvq is None:
-            raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
-        out["quantizer"] = code_identity(quantizer_of(experiment.mgvq, work))
-    if experiment.start is None:
-        out |= {name: preset.get(name) for name in ("vision", "text", "words")}
-    return out
-
-
-def code_identity(path: Path) -> str:
-    """Hash of a quantizer's file."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def make_job(experiment: Experiment, seed: int, study: Study) -> Job:
-    """Everything checked that can be before a model is trained. ValueError names the experiment and what is wrong."""
-    try:
-        method, impossible = resolved_method(experiment, seed, study)
-        compressors.build(**experiment.compressor)
-        if experiment.stage is None and experiment.start is None:
-            raise ValueError("nothing to evaluate: give start (a checkpoint) or stage (to train)")
-        if experiment.method is not None and experiment.stage is not None:
-            raise ValueError("`method` needs no training; leave out stage")
-        if not experiment.tasks:
-            raise ValueError("no tasks to evaluate")
-        config = {
-            "start": checkpoint_identity(experiment.start),
-            "compressor": experiment.compressor,
-            "method": method,
-            "training": None if experiment.stage is None else training_config(experiment, seed, study.work),
-            "tasks": {name: asdict_of(tests) for name, tests in task_sets(experiment, study).items()},
-        }
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{experiment.name}: {error}") from error
-    return Job(experiment, seed, json.loads(json.dumps(config)), impossible)
-
-
-def asdict_of(tests: evaluating.TaskSet) -> dict[str, Any]:
-    """What a config says of a test set."""
-    return {"task": tests.task, "split": tests.split, "n_questions": len(tests.items), "questions_sha256": tests.sha256}
-
-
-def task_sets(experiment: Experiment, study: Study) -> dict[str, evaluating.TaskSet]:
-    """The experiment's tasks, loaded."""
-    return {
-        name: evaluating.task_set(name, task["task"], task.get("split"), task.get("limit"), str(study.data))
-        for name, task in experiment.tasks.items()
-    }
-
-
-def resolved_method(experiment: Experiment, seed: int, study: Study) -> tuple[dict[str, Any] | None, str | None]:
-    """The applied method with its settings spelled out, and why it is impossible on this model (None: it is not).
-
-    ValueError for a method or setting that does not exist: that is a slip in the file, not a limit of the method.
-    """
-    if experiment.method is None:
-        return None, None
-    given = dict(experiment.method)
-    name, share = given.pop("name"), given.pop("share", None)
-    known = [setting.name for setting in fields(compressors.COMPRESSORS.get(name).Settings)]  # type: ignore[attr-defined]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; known: share, {', '.join(known)}")
-    if "seed" in known:
-        given.setdefault("seed", seed)
-    named = {"name": name, **({} if share is None else {"share": share}), **given}
-    n_patches, n_layers = sizes(str(experiment.start))
-    try:
-        if share is not None:
-            tokens = tokens_of_share(share, n_patches)
-            given = {**compressors.get(name).for_budget(tokens, n_patches, n_layers), **given}
-        compressors.build(name, **given).schedule(n_patches, n_layers)
-    except ValueError as error:
-        return named, str(error)
-    return {"name": name, **given}, None
-
-
-def tokens_of_share(share: int, n_patches: int) -> int:
-    """As many tokens of n_patches as `share` of 576; ValueError where that is no whole number of at least 1.
-
-    >>> [tokens_of_share(share, 36) for share in (192, 128, 64)]
-    [12, 8, 4]
-    """
-    tokens, rest = divmod(share * n_patches, schedules.PUBLISHED_PATCHES)
-    if rest or not tokens:
-        raise ValueError(f"{share} of {schedules.PUBLISHED_PATCHES} is no whole number of this model's {n_patches} patches")
-    return tokens
-
-
-def sizes(checkpoint: str) -> tuple[int, int]:
-    """(P, layers) of a checkpoint."""
-    from htc_vlm.applied.hf_compat import n_patches
-    from htc_vlm.model.configuration import HtcVlmConfig
-
-    config = HtcVlmConfig.from_pretrained(find(checkpoint))
-    return n_patches(config), int(config.text_config.num_hidden_layers)
-
-
-# ------------------------------------------------------------------------------------------------ state
-def is_done(job: Job, study: Study) -> bool:
-    """Is the result there? ValueError when it, or the run in progress, was made under another config."""
-    for file in (job.result_file(study), job.folder(study) / "config.json"):
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            before = found["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: damaged ({error}); remove it to build it again") from error
-        different = answers.differences(before, job.config)
-        if different:
-            what = "the result" if file == job.result_file(study) else "the run"
-            raise ValueError(
-                f"{file}: {what} was made under another config: {'; '.join(different)}. Nothing is overwritten: "
-                f"keep the settings, or choose another --output and --work, or remove it by hand"
-            )
-    return job.result_file(study).is_file()
+from study.jobs import Job, Study, needs_quantizer, quantizer_of, stage_preset, task_sets
 
 
 def is_trained(folder: Path, steps: int) -> bool:
@@ -297,7 +89,7 @@ def starting_model(job: Job, study: Study) -> tuple[Any, Any]:
 
 
 def _fill_training(job: Job, model: Any, study: Study) -> None:
-    """The caches that train/setup.py would fill on the CPU, filled on the study's device, under the same names."""
+    """The caches that train/packed_data.py would fill on the CPU, filled on the study's device, under the same names."""
     tower = model.model.vision_tower
     for options in stage_preset(job.experiment, job.seed)["data"]:
         part = presets.DataPart(**options)

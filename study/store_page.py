@@ -75,14 +75,27 @@ def damage(result: dict[str, Any]) -> str:
 
 def batch(result: dict[str, Any]) -> str:
     killed = result["killed"]
-    peaks = {f"{count} pictures": run["peak_mb"] for count, run in result.get("runs", {}).items()}
-    peaks[f"{killed['last_run']['pictures']:,}"] = killed["last_run"]["peak_mb"]
-    memory = ", ".join(f"{peak} MB for {what}" for what, peak in peaks.items())
     return (
         f"A batch of {result['pictures']:,} pictures, {result['broken']} of them broken, killed at {killed['at'][0]} and "
         f"{killed['at'][1]}: {killed['distinct_rows']:,} of {killed['expected_rows']:,} rows, each once, {killed['refused']} "
-        f"pictures refused. Most memory: {memory}."
+        "pictures refused."
     )
 
 
-PARTS = {"dtypes": dtypes, "entries": entries, "kill": kill, "damage": damage, "batch": batch}
+def memory(result: dict[str, Any]) -> str:
+    at = [f"{now['mb']} MB ({now['peak_mb']} at most so far) after {int(mark):,}" for mark, now in result["at"].items()]
+    speed = result["end"]["per_second"]
+    return f"A run over {result['pictures']:,} pictures without a stop: {', '.join(at)}; {speed} pictures/s."
+
+
+def ray(result: dict[str, Any]) -> str:
+    stores = "the same" if result["same_images"] else "other"
+    return (
+        f"{result['pictures']} pictures by the embedded engine and by Ray with {result['actors']} actors: "
+        f"{result['same_rows']} of {result['rows']} rows are equal; the stores hold {stores} ids."
+    )
+
+
+PARTS = {
+    "dtypes": dtypes, "entries": entries, "kill": kill, "damage": damage, "batch": batch, "memory": memory, "ray": ray,
+}  # fmt: skip

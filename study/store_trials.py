@@ -296,47 +296,86 @@ def _encoded(answerer: Answerer, names: Sequence[str]) -> CompressedImages:
 QUESTIONS = ("what is at the top left ?", "is there a mammal ?")
 
 
-def batch(
-    model: str, n: int = 2000, n_broken: int = 50, with_ray: bool = True, keep: Callable[[dict[str, Any]], None] = print
-) -> dict[str, Any]:
-    """n pictures, some broken, killed twice; memory and speed at 100, 500 and what the kills left; local against Ray on 100.
-
-    keep: given the result as far as it goes, after each part.
-    """
+def batch(model: str, n: int = 2000, n_broken: int = 50) -> dict[str, Any]:
+    """n pictures, some broken, killed twice: every row is there once."""
     out: dict[str, Any] = {"pictures": n, "broken": n_broken, "questions": len(QUESTIONS), "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as temp:
+        words = _pictures(Path(temp), n, n_broken, model)
+        return out | {"killed": _killed(Path(temp), n, words)}
+
+
+def memory(model: str, n: int = 2000, n_broken: int = 50, marks: Sequence[int] = (100, 500, 1000, 2000)) -> dict[str, Any]:
+    """One run over n pictures: its memory, and its speed so far, when so many are done."""
+    out: dict[str, Any] = {"pictures": n, "broken": n_broken, "questions": len(QUESTIONS), "load_average": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as temp:
+        root, at, started = Path(temp), {}, 0.0
+        words = _pictures(root, n, n_broken, model)
+        process = _start(root, n, "run", words)
+        while process.poll() is None:
+            time.sleep(0.2)
+            n_done, state = _done(root / "run.out"), _memory(process.pid)
+            started = started or (time.perf_counter() if n_done else 0.0)
+            for mark in marks:
+                if n_done >= mark and str(mark) not in at and state:
+                    at[str(mark)] = {"done": n_done, **state, "seconds_since_first": round(time.perf_counter() - started, 1)}
+                    print(mark, at[str(mark)], file=sys.stderr, flush=True)
+        report = json.loads((root / "run.log").read_text())
+        ends = {key: report[key] for key in ("rows", "pictures", "refused", "seconds", "per_second")}
+        return out | {"at": at, "end": ends}
+
+
+def ray(model: str, n: int = 200, n_broken: int = 5) -> dict[str, Any]:
+    """n pictures by both engines: the rows are the same."""
+    settings = {"HTC_VLM_RAY_CPUS": "4", "RAY_worker_niceness": "0"}
+    with tempfile.TemporaryDirectory() as temp:
         root = Path(temp)
-        (root / "q.txt").write_text("\n".join(QUESTIONS) + "\n")
-        broken = set(random.Random(0).sample(range(n), n_broken))
-        for count in sorted({100, 500, n}):
-            (root / f"in{count}").mkdir()
-        for i, name in enumerate(pictograms.images("train")[:n]):
-            content = b"no picture" if i in broken else b""
-            for count in sorted({100, 500, n}):
-                path = root / f"in{count}" / f"{i:05}.png"
-                if i >= count:
-                    continue
-                if content:
-                    path.write_bytes(content)
-                else:
-                    pictograms.picture(name).save(path)
-        words = ["--model", model, "--questions", str(root / "q.txt"), "--max-new-tokens", "4", "--workers", "0"]
-        out["killed"] = _killed(root, n, words)
-        keep(out)
-        out["runs"] = {}
-        for count in (100, 500):
-            report, peak = _run(root, count, f"flat{count}", words)
-            out["runs"][str(count)] = {
-                "pictures_per_second": report["per_second"], "peak_mb": round(peak), "refused": report["refused"],
-                "rows": report["rows"],
-            }  # fmt: skip
-            keep(out)
-        if with_ray:
-            settings = {"HTC_VLM_RAY_CPUS": "4", "RAY_worker_niceness": "0"}
-            report, _ = _run(root, 100, "ray", [*words, "--engine", "ray", "--actors", "2"], settings)
-            rows = [(root / f"{name}.out" / "answers.jsonl").read_text() for name in ("flat100", "ray")]
-            out["ray"] = {"rows": report["rows"], "seconds": report["seconds"], "same_rows_as_local": rows[0] == rows[1]}
-    return out
+        words = _pictures(root, n, n_broken, model)
+        local = _run(root, n, "local", words)[0]
+        spread = _run(root, n, "ray", [*words, "--engine", "ray", "--actors", "2"], settings)[0]
+        rows = [(root / f"{name}.out" / "answers.jsonl").read_text().splitlines() for name in ("local", "ray")]
+        with ImageStore.open(root / "local.store") as a, ImageStore.open(root / "ray.store") as b:
+            same_images = sorted(a.list()) == sorted(b.list())
+        return {
+            "pictures": n, "broken": n_broken, "actors": 2, "load_average": os.getloadavg()[0], "rows": len(rows[1]),
+            "same_rows": sum(x == y for x, y in zip(*rows, strict=True)), "same_images": same_images,
+            "refused": spread["refused"], "seconds": {"local": local["seconds"], "ray": spread["seconds"]},
+        }  # fmt: skip
+
+
+def _pictures(root: Path, n: int, n_broken: int, model: str) -> list[str]:
+    """Draws n training pictures, some broken, and writes the questions; the options that every run has."""
+    (root / "q.txt").write_text("\n".join(QUESTIONS) + "\n")
+    (root / f"in{n}").mkdir()
+    broken = set(random.Random(0).sample(range(n), n_broken))
+    for i, name in enumerate(pictograms.images("train")[:n]):
+        path = root / f"in{n}" / f"{i:05}.png"
+        if i in broken:
+            path.write_bytes(b"no picture")
+        else:
+            pictograms.picture(name).save(path)
+    return ["--model", model, "--questions", str(root / "q.txt"), "--max-new-tokens", "4", "--workers", "0"]
+
+
+def _done(output: Path) -> int:
+    """Pictures whose rows a run has committed."""
+    import sqlite3
+
+    journal = output / "answers.sqlite"
+    try:
+        with sqlite3.connect(f"{journal.as_uri()}?mode=ro", uri=True, timeout=30) as db:
+            return int(db.execute("SELECT count(DISTINCT path) FROM answers").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """MB that a process has now, and had at most; nothing where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return {"mb": found["VmRSS"], "peak_mb": found["VmHWM"]} if found else {}
 
 
 def _start(
@@ -362,21 +401,13 @@ def _run(
 
 def _killed(root: Path, n: int, words: Sequence[str]) -> dict[str, Any]:
     """kill -9 after about a fifth and after about half of the pictures, then to the end."""
-    import sqlite3
-
     at = []
     for share in (0.2, 0.5):
         process = _start(root, n, "killed", words)
         n_done = 0
         while n_done < share * n and process.poll() is None:
             time.sleep(0.5)
-            journal = root / "killed.out" / "answers.sqlite"
-            if journal.exists():
-                try:
-                    with sqlite3.connect(f"{journal.as_uri()}?mode=ro", uri=True, timeout=30) as db:
-                        n_done = db.execute("SELECT count(DISTINCT path) FROM answers").fetchone()[0]
-                except sqlite3.OperationalError:
-                    continue
+            n_done = _done(root / "killed.out")
         process.kill()
         process.wait()
         at.append(n_done)
@@ -396,5 +427,5 @@ def _killed(root: Path, n: int, words: Sequence[str]) -> dict[str, Any]:
 
 
 TRIALS: dict[str, Callable[..., dict[str, Any]]] = {
-    "kill": kill, "damage": damage, "entries": entries, "dtypes": dtypes, "batch": batch
+    "kill": kill, "damage": damage, "entries": entries, "dtypes": dtypes, "batch": batch, "memory": memory, "ray": ray
 }  # fmt: skip

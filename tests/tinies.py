@@ -114,3 +114,42 @@ def pictures(n: int) -> list[Image.Image]:
     """Random RGB pictures of different sizes."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (40 + i, 48, 3), dtype=np.uint8)) for i in range(n)]
+
+
+def save_llava_next(folder: Path) -> Path:
+    """A LLaVA-NeXT checkpoint of random weights with the processor of its family; it knows the words of `tiny-upper`.
+
+    Pictures of other shapes have other numbers of tiles, hence of tokens. Random weights are large enough for clear answers.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+    )
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from htc_vlm import load
+    from htc_vlm.testing.families import PINPOINTS, TEXT, VISION
+
+    tokenizer = load("tiny-upper")[1].tokenizer
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
+    )
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<image>"
+        "{% endif %}{% endfor %} {% endfor %}"
+    )
+    LlavaNextProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    options = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlavaNextForConditionalGeneration(options).save_pretrained(folder)
+    return folder

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 RESULTS = Path("study/results/store")
-NAMES = ("kill", "damage", "entries", "dtypes", "batch")
+NAMES = ("kill", "damage", "entries", "dtypes", "batch", "memory", "ray")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,7 +15,6 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a path (default: tiny)")
     arguments.add_argument("--output", type=Path, default=RESULTS, help=f"folder of the result files (default: {RESULTS})")
-    arguments.add_argument("--no-ray", action="store_true", help="leave Ray out of `batch`")
     arguments.add_argument("--page", type=Path, metavar="PAGE.md", help="only write the results into this page")
     return arguments
 
@@ -38,11 +36,6 @@ def run(argv: list[str]) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.names or NAMES:
         about = {"trial": name, "model": options.model, "cpus": os.cpu_count()}
-
-        def keep(result: dict[str, Any], name: str = name, about: dict[str, Any] = about) -> None:
-            write_json(options.output / f"{name}.json", about | result | provenance())
-
-        more = {"with_ray": not options.no_ray, "keep": keep} if name == "batch" else {}
-        keep(TRIALS[name](options.model, **more))
+        write_json(options.output / f"{name}.json", about | TRIALS[name](options.model) | provenance())
         print(options.output / f"{name}.json", flush=True)
     return 0

@@ -10,17 +10,9 @@ import argparse
 from pathlib import Path
 
 from study.definitions import TABLES, read_tables
+from study.grids import cost_grid, csv_grid, differences_grid, refusals, retention_grid, scores_grid
 from study.paper import paper_markdown
-from study.study_tables import (
-    StudyTable,
-    cost_grid,
-    csv_grid,
-    differences_grid,
-    load_table,
-    refusals,
-    retention_grid,
-    scores_grid,
-)
+from study.study_tables import StudyTable, load_table
 from study.tables import to_csv, to_markdown
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

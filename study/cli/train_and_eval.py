@@ -129,11 +129,12 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--parallel is {args.parallel}; give at least 1")
     runs, remarks = wanted_runs(args.experiments, seeds_of(args.seeds), args.set)
 
-    from study import runner as studies
+    from study.jobs import is_done, make_job
+    from study.runner import prepare
 
     study = make_study(args)
-    jobs = {wanted: studies.make_job(wanted.experiment, wanted.seed, study) for wanted in runs}
-    left = [wanted for wanted in runs if not studies.is_done(jobs[wanted], study)]
+    jobs = {wanted: make_job(wanted.experiment, wanted.seed, study) for wanted in runs}
+    left = [wanted for wanted in runs if not is_done(jobs[wanted], study)]
     for remark in remarks:
         print(remark)
     names = ", ".join(jobs[wanted].name for wanted in left) or "none"
@@ -144,7 +145,7 @@ def run(argv: list[str]) -> int:
     failed: list[str] = []
     try:
         with alarm(args.time_limit):
-            studies.prepare([jobs[wanted] for wanted in left], study)
+            prepare([jobs[wanted] for wanted in left], study)
             if args.parallel == 1:
                 for wanted in left:
                     one_after_the_other(wanted, jobs[wanted], study, args.set, built, failed)
@@ -163,7 +164,7 @@ def make_study(args: argparse.Namespace) -> Any:
     """Where things lie, and on what they run."""
     import torch
 
-    from study.runner import Study
+    from study.jobs import Study
 
     data = args.data or Path(os.environ.get("HTC_VLM_DATA", "data"))
     os.environ["HTC_VLM_DATA"] = str(data)

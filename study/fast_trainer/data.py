@@ -19,7 +19,7 @@ from htc_vlm.tiny import pictograms
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import codes_of
 from htc_vlm.train import presets
-from htc_vlm.train.setup import CODE_PICTURE_SIZE, code_key
+from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
 from study.fast_trainer.questions import Pool, encode, fixed_questions, training_pool
 from study.fast_trainer.settings import Part, Run
 from study.fast_trainer.tree import Trees, grow

@@ -31,7 +31,7 @@ from study.fast_trainer.model import FastModel, method_of
 from study.fast_trainer.settings import Run
 from study.fast_trainer.tree import NOTHING
 from study.fast_trainer.weights import export, fast_model
-from study.given_quantizer import needs_quantizer, quantizer_of
+from study.jobs import needs_quantizer, quantizer_of
 
 
 def train(run: Run, folder: Path, cache: Path, data_root: Path | None = None, resume: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from htc_vlm.train.setup import save_rounded
+from htc_vlm.train.saving import save_rounded
 from study.fast_trainer.model import FastModel, Method, Shape, method_of
 
 LLAMA = "model.language_model."

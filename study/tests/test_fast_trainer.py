@@ -21,7 +21,7 @@ from study.fast_trainer.questions import Pool, encode, paired, questions_of
 from study.fast_trainer.settings import Run, make_run, read_run
 from study.fast_trainer.tree import END, NOTHING, Asked, grow
 from study.fast_trainer.weights import fast_model, library_weights
-from study.given_quantizer import quantizer_of
+from study.jobs import quantizer_of
 from tests import tiny_runs
 
 TEXTS = ("what is at the top left ?", "what is at the top right ?", "is there a cat ?", "where is the tile in red ?")

@@ -15,18 +15,8 @@ import yaml
 from study import answers
 from study.cli import table as table_command
 from study.definitions import Comparison, followed, read_experiment, read_tables
-from study.study_tables import (
-    compared,
-    cost_grid,
-    csv_grid,
-    differences_grid,
-    lines_grid,
-    load_table,
-    retention,
-    retention_grid,
-    scores_grid,
-    separating,
-)
+from study.grids import cost_grid, csv_grid, differences_grid, lines_grid, retention_grid, scores_grid
+from study.study_tables import compared, load_table, retention, separating
 
 REPO = Path(__file__).resolve().parents[2]
 N_IMAGES, N_EACH = 40, 4  # pictures, questions of each: two of kind "name", two of kind "count"

@@ -26,7 +26,7 @@ INSIDE: dict[str, dict[str, Any]] = {
     "sparse_vlm": {"layers": (0, 1), "keep": (6, 3)},
 }
 NO_GRID = ("llava_next", "llava_onevision")
-ONE_TILE = ("internvl",)  # avg_pool works there on pictures of one tile
+ONE_TILE = ("internvl", "smolvlm")  # avg_pool works there on pictures of one tile
 QUICK = ("divprune", "fastv", "none")  # of every family; the other methods are marked slow
 
 
@@ -130,11 +130,9 @@ def test_a_budget_as_a_share_fits_pictures_of_every_size(family: str) -> None:
     sizes = htc_vlm.testing.families.n_tokens(batch)
     with htc_vlm.apply(model, "divprune", budget=0.25) as applied:
         out = model(**batch, use_cache=True)
-    tiles = [9] * (sum(sizes) // 9) if family == "smolvlm" else sizes  # there a tile counts as an image
-    assert applied.schedules == [[round(0.25 * n)] * 4 for n in tiles]
-    if family != "smolvlm":
-        longest = max(int(m.sum()) - n + round(0.25 * n) for m, n in zip(batch["attention_mask"], sizes, strict=True))
-        assert out.past_key_values.get_seq_length() == longest
+    assert applied.schedules == [[round(0.25 * n)] * 4 for n in sizes]
+    longest = max(int(m.sum()) - n + round(0.25 * n) for m, n in zip(batch["attention_mask"], sizes, strict=True))
+    assert out.past_key_values.get_seq_length() == longest
 
 
 @families

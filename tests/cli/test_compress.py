@@ -111,7 +111,7 @@ def test_what_was_done_before_ctrl_c_is_kept(tmp_path: Path, capsys: Capture, mo
     """2,000 photos, Ctrl-C at the last one: nothing was kept."""
     folder, file = photos(tmp_path / "photos", 4), tmp_path / "album"
     stopped = Stopped(KeyboardInterrupt())
-    monkeypatch.setattr(Answerer, "encode", lambda self, pictures: stopped.encode(self, pictures))
+    monkeypatch.setattr(Answerer, "encode", lambda self, pictures, maps=False: stopped.encode(self, pictures))
     code, out, lines = compressed(capsys, str(folder), "--output", str(file), "--batch-size", "2")
     assert (code, len(CompressedImages.load(file)), len(json.loads(out)["pictures"])) == (130, 2, 2)
     assert lines[-1].endswith(f"stopped: 2 of 4 pictures are in {file}")
@@ -125,7 +125,7 @@ def test_a_run_that_is_stopped_does_not_replace_a_whole_album(
     assert compressed(capsys, str(folder), "--output", str(file))[0] == 0
     before = file.read_bytes()
     stopped = Stopped(RuntimeError("out of memory"))
-    monkeypatch.setattr(Answerer, "encode", lambda self, pictures: stopped.encode(self, pictures))
+    monkeypatch.setattr(Answerer, "encode", lambda self, pictures, maps=False: stopped.encode(self, pictures))
     with pytest.raises(RuntimeError, match="out of memory"):
         compressed(capsys, str(folder), "--output", str(file), "--batch-size", "2")
     assert file.read_bytes() == before and len(CompressedImages.load(tmp_path / "album.unfinished")) == 2
@@ -141,7 +141,7 @@ def test_progress_is_kept_on_disk_while_it_runs(tmp_path: Path, capsys: Capture,
     monkeypatch.setattr(compress, "SAVE_EVERY_S", 0.0)
     real = Answerer.encode
 
-    def encode(self: Answerer, pictures: object) -> object:
+    def encode(self: Answerer, pictures: object, maps: bool = False) -> object:
         lengths.append(len(CompressedImages.load(file)) if file.exists() else 0)
         return real(self, pictures)  # type: ignore[arg-type]
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import htc_vlm_cli as cli
+from htc_vlm.cli.serve import TOKEN
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_another_host_needs_a_token(
@@ -30,6 +38,34 @@ def test_another_host_needs_a_token(
 def test_limits_must_be_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--store", str(tmp_path / "album"), "--max-batch", "0"]) == 2
     assert "max_batch is 0" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_compose_file_in_the_docs_are_ours() -> None:
+    """It was written without a run: a renamed option or folder would be found by whoever copies it."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    block = re.search(r"```yaml\n(# compose.yaml.*?)```", page, re.S)
+    assert block is not None
+    services = yaml.safe_load(block[1])["services"]
+    assert set(services) == {"store", "batch", "server"}
+    options: dict[str, Any] = {}
+    for name, service in services.items():
+        command, *words = shlex.split(service["command"])
+        options[name] = importlib.import_module(f"htc_vlm.cli.{command}").parser().parse_args(words)
+        mounted = [one.split(":")[1] for one in service["volumes"]]
+        paths = [word for word in words if word.startswith("/")]
+        assert paths and all(any(path.startswith(place) for place in mounted) for path in paths)
+        assert set(service.get("depends_on", {})) <= set(services)
+        dockerfile = service["build"]["dockerfile_inline"]
+        extras = re.search(r"/src\[(.*?)\]", dockerfile)
+        assert extras is not None and 'ENTRYPOINT ["htc-vlm"]' in dockerfile
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        assert set(extras[1].split(",")) <= set(known)
+    assert str(options["store"].store) == options["batch"].store == str(options["server"].store) == "/album"
+    python, flag, code = shlex.split(services["server"]["healthcheck"]["test"])
+    compile(code, "healthcheck", "exec")
+    assert (python, flag) == ("python", "-c") and f":{options['server'].port}/health" in code
+    assert services["server"]["ports"] == [f"127.0.0.1:8000:{options['server'].port}"]
+    assert list(services["server"]["environment"]) == [TOKEN]  # the server refuses 0.0.0.0 without one
 
 
 def get(url: str) -> Any:

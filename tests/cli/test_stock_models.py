@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+import htc_vlm
 import htc_vlm_cli
-from htc_vlm import CompressedImages, load
-from htc_vlm.testing.families import PINPOINTS, TEXT, VISION
+from htc_vlm import CompressedImages, ImageStore
+from htc_vlm.tiny import pictograms
+
+from .. import tinies
 
 QUESTION = "what is at the top left ?"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("next")
-    tokenizer = load("tiny-upper")[1].tokenizer
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
-    )
-    processor = LlavaNextProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template="{% for m in messages %}<image>{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
-        "{% endif %}{% endfor %}{% endfor %} ",
-    )  # fmt: skip
-    processor.save_pretrained(path)
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
-        image_token_index=image_id, image_grid_pinpoints=PINPOINTS,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlavaNextForConditionalGeneration(config).save_pretrained(path)
+    path = tinies.save_llava_next(tmp_path_factory.mktemp("next"))
     Image.new("RGB", (40, 30), "red").save(path / "a.png")
+    (path / "photos").mkdir()
+    for number, size in enumerate([(40, 30), (30, 30), (30, 60)]):
+        pictograms.picture(f"test/{number}").resize(size).save(path / "photos" / f"{number}.png")
     return path
 
 
@@ -77,3 +64,91 @@ def test_benchmarks_run_on_any_family(folder: Path, capsys: pytest.CaptureFixtur
     assert json.loads(out.splitlines()[-1])["n_questions"] == 2
     settings = json.loads(next(tmp_path.glob("*/settings.json")).read_text(encoding="utf-8"))
     assert settings["model"]["method"] == {"name": "divprune", "budget": 0.25}
+
+
+def answers(folder: Path, method: str, **settings: Any) -> list[str]:
+    """What `htc_vlm.generate` says of each photo."""
+    model, processor = htc_vlm.load(folder)
+    out = []
+    for file in sorted((folder / "photos").iterdir()):
+        kept = htc_vlm.compress(model, processor, [Image.open(file).convert("RGB")], method, **settings)
+        out += htc_vlm.generate(model, processor, compressed=kept, text=[QUESTION], max_new_tokens=3)
+    return out
+
+
+def test_files_and_stores_of_a_stock_model_answer_as_generate(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`compress`, `store add` and `batch` refused models without a bottleneck. The store knows its method by itself."""
+    method, expected = ("--method", "divprune", "--budget", "8"), answers(folder, "divprune", budget=8)
+    assert len(set(expected)) > 1
+    kept, album = tmp_path / "kept", tmp_path / "album"
+    code, _, err = run(capsys, "compress", folder / "photos", "--output", kept, "--model", folder, *method)
+    assert code == 0, err
+    ask = ("ask", "--model", folder, "--json", "--max-new-tokens", "3", QUESTION, "--from")
+    _, out, _ = run(capsys, *ask, kept)
+    assert [row["answers"][0]["answer"] for row in json.loads(out)["pictures"]] == expected
+    code, _, err = run(capsys, "store", "add", album, folder / "photos", "--model", folder, "--device", "cpu", *method)
+    assert code == 0, err
+    run(capsys, "store", "get", album, *sorted((folder / "photos").iterdir()), "--output", tmp_path / "got")
+    _, out, _ = run(capsys, *ask, tmp_path / "got")
+    assert [row["answers"][0]["answer"] for row in json.loads(out)["pictures"]] == expected
+    (tmp_path / "q.txt").write_text(QUESTION)
+    batch = ("batch", folder / "photos", "--model", folder, "--questions", tmp_path / "q.txt", "--max-new-tokens", "3")
+    batch = (*batch, "--workers", "0", "--store", album)
+    for more, output in (((), tmp_path / "a"), (method, tmp_path / "b")):
+        code, _, err = run(capsys, *batch, "--output", output, *more)
+        assert code == 0, err
+        rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+        assert [row["answer"] for row in rows] == expected
+
+
+def test_pictures_of_other_counts_of_tokens_go_into_a_store(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A file holds images of one count, and said so after the last picture; broken pictures are rows with their error."""
+    code, _, err = run(
+        capsys, "compress", folder / "photos", "--output", tmp_path / "kept", "--model", folder, "--method", "none"
+    )
+    assert code == 2 and "1.png gives" in err and "htc-vlm store add" in err
+    photos = shutil.copytree(folder / "photos", tmp_path / "photos")
+    (photos / "3.png").write_bytes(b"no picture")
+    (tmp_path / "q.txt").write_text(QUESTION)
+    code, _, err = run(
+        capsys, "batch", photos, "--model", folder, "--questions", tmp_path / "q.txt", "--max-new-tokens", "3",
+        "--workers", "0", "--store", tmp_path / "s", "--output", tmp_path / "o", "--method", "none",
+    )  # fmt: skip
+    assert code == 1 and "3.png" in err
+    rows = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [*answers(folder, "none"), None] and "not a picture" in rows[3]["error"]
+    with ImageStore.open(tmp_path / "s") as store:
+        assert store.method == {"name": "none"} and len({store.get([one]).n_bottleneck for one in store.list()}) == 3
+
+
+COMMANDS = {
+    "compress": ["compress", "PHOTOS", "--output", "OUT"],
+    "store": ["store", "add", "OUT", "PHOTOS"],
+    "batch": ["batch", "PHOTOS", "--store", "OUT", "--output", "OUT.rows", "--questions", "QUESTIONS"],
+    "serve": ["serve", "--store", "OUT"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_cannot_be_kept_is_refused_by_name(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A question-dependent method keeps for one question what others would need; before a model is loaded."""
+    (tmp_path / "q.txt").write_text(QUESTION)
+    places = {"PHOTOS": folder / "photos", "OUT": tmp_path / "out", "OUT.rows": tmp_path / "o", "QUESTIONS": tmp_path / "q.txt"}
+    words = [places.get(word, word) for word in COMMANDS[command]]
+    cases = {
+        "fastv chooses by the question": ["--model", folder, "--method", "fastv", "--budget", "8"],
+        "name a question-independent method": ["--model", folder],
+        "none keeps all tokens; leave out budget": ["--model", folder, "--method", "none", "--budget", "8"],
+        "--budget sets the settings of a --method": ["--model", folder, "--budget", "8"],
+        "compresses with its own bottleneck; leave out method": ["--method", "divprune"],
+    }
+    for told, more in cases.items():
+        code, _, err = run(capsys, *words, *more)
+        assert code == 2 and told in err, (told, err)
+        assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from htc_vlm import load
 from htc_vlm.model import HtcVlmForConditionalGeneration, HtcVlmProcessor
-from htc_vlm.train.setup import save_rounded
+from htc_vlm.train.saving import save_rounded
 from htc_vlm.train.stages import STAGES, freeze
 
 WORLD = 2

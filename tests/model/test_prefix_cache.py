@@ -56,6 +56,16 @@ def test_answers_from_cached_images_are_those_of_the_pictures(family: str, name:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+def test_a_picture_of_several_tiles_is_one_entry() -> None:
+    """SmolVLM's marks between tiles made a picture of each, so that n_keep=3 kept 9 tokens of 3 tiles."""
+    model, processor = made("smolvlm")
+    kept = htc_vlm.compress(model, processor, [1], "divprune", n_keep=3)
+    assert len(kept) == 1 and kept.n_bottleneck == 3 + 3 * 2 + 3  # text, two marks before each tile, kept tokens
+    cached = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS[:1], **OPTIONS)
+    expected = uncached(model, processor, 1, QUESTIONS[:1], "divprune", n_keep=3)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_each_question_reads_its_own_image(family: str) -> None:
     """With M-RoPE pictures of different sizes leave the text at different positions, though as many tokens are kept."""

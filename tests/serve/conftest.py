@@ -66,10 +66,10 @@ def text(response: Any) -> str:
 class Server(TestClient):
     """A test client that also reaches into the server."""
 
-    def __init__(self, **options: Any) -> None:
-        model, processor = tiny()
+    def __init__(self, loaded: tuple[Any, Any] | None = None, method: Any = None, **options: Any) -> None:
+        model, processor = loaded or tiny()
         self.folder = tempfile.TemporaryDirectory(prefix="htc-vlm-serve-")
-        self.store = ImageStore.open(self.folder.name, model, processor, maps=True)
+        self.store = ImageStore.open(self.folder.name, model, processor, maps=method is None, method=method)
         app = make_app(model, processor, self.store, "tiny", **options)
         super().__init__(app, base_url="http://127.0.0.1:8000")
         self.server = app.state.server

@@ -10,7 +10,7 @@ import torch
 
 from htc_vlm.serve.rows import ChooseByRow, EndByRow, Piece, Prompt, Row, Sampling, TextSoFar
 
-PROMPT = Prompt((), None, (), 0, 0)
+PROMPT = Prompt((), None, (), 0, 0, 0)
 
 
 def of_bytes(ids: list[int]) -> str:

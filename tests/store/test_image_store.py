@@ -25,6 +25,7 @@ from htc_vlm.model.answering import Answerer
 from htc_vlm.store import DamagedImageError, UnknownImageError
 from htc_vlm.store import shards as shards_module
 from htc_vlm.store.pictures import find, paths_of
+from htc_vlm.store.shards import Shards
 
 from .. import tinies
 from .. import tiny_runs as tiny
@@ -222,10 +223,10 @@ def test_a_damaged_id_or_name_leads_to_no_other_picture(tmp_path: Path) -> None:
 
 def test_no_flipped_byte_gives_another_image(tmp_path: Path) -> None:
     """24 bytes anywhere in the files, one at a time: what is still given is what was put in; what is not is told."""
-    ids, images = some(64)
+    ids, images = some(128)
     whole = dict(zip(ids, images.row_bytes(), strict=True))
     with open_store(tmp_path / "s") as store:
-        store.put(ids, images, [f"picture {i}" for i in range(64)])
+        store.put(ids, images, [f"picture {i}" for i in range(128)])
     files = sorted((tmp_path / "s").glob("*.sqlite"))
     generator = torch.Generator().manual_seed(1)
     n_told = 0
@@ -378,6 +379,31 @@ def test_a_read_only_store_is_read_and_says_so_when_written_to(tmp_path: Path) -
 
 
 # ------------------------------------------------------------------------------------------- keeping, merging, many at once
+def test_pages_of_a_list_are_in_order_and_cost_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call sorted all rows: 100,000 images took seconds a page. Merged rows keep their times, names are looked up."""
+    with open_store(tmp_path / "s") as store, open_store(tmp_path / "t") as other:
+        old, new = some(40, 1), some(60, 2)
+        other.put(*old)
+        store.put(*new, [f"n{i}.png" for i in range(60)])
+        store.merge(other)
+        times = {str(one): one.added for one in store.list()}
+        assert len(times) == 100 and list(times.values()) == sorted(times.values())
+        assert set(list(times)[:40]) == set(old[0])  # merged last, added first
+        pages, after = [], None
+        while page := store.list(limit=7, after=after):
+            pages.append(page)
+            after = page[-1]
+        assert [len(page) for page in pages] == [7] * 14 + [2] and [one for page in pages for one in page] == list(times)
+        named = store.list(name="n5")
+        assert len(named) == 11 and all(one.names[0].startswith("n5") for one in named)
+        assert store.list(limit=3, name="n5", after=named[1]) == named[2:5]
+        read: list[int] = []
+        select = Shards.select
+        monkeypatch.setattr(Shards, "select", lambda *words: read.append(len(found := select(*words))) or found)
+        store.list(limit=2, after=pages[3][0])
+        assert sum(read) <= 16 * 2 + 3
+
+
 def test_removed_room_is_given_back(tmp_path: Path) -> None:
     ids, images = some(400)
     with open_store(tmp_path / "s") as store:

@@ -19,6 +19,7 @@ from htc_vlm.data.prompts import TINY, VICUNA_V1
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.answering import Answerer
 from htc_vlm.train import setup
+from htc_vlm.train.conversation_data import ConversationData
 
 from .. import real_tokenizers as real
 from .. import tinies
@@ -79,7 +80,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def made(request: pytest.FixtureRequest, starts: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Made]:
     folder = tmp_path_factory.mktemp("made")
     model, processor = with_compressor(starts(request.param), VOCO)
-    encoded = setup.ConversationData(preset(folder, *TURNS), processor)[0].encoded
+    encoded = ConversationData(preset(folder, *TURNS), processor)[0].encoded
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     answers = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
@@ -164,7 +165,7 @@ def test_a_trained_model_is_asked_as_it_was_trained(starts: Any, tmp_path: Path)
     assert before.style is None and before.question_ids("what?") != before.tokenizer.encode("what?")
     setup.train_stage(options, "compress", tmp_path / "run", start=str(starts("hf-legacy")))
     model, processor = load(tmp_path / "run" / "model")
-    encoded = setup.ConversationData(options, processor)[0].encoded
+    encoded = ConversationData(options, processor)[0].encoded
     first = encoded.labels.index(next(label for label in encoded.labels if label != IGNORE))
     asked = Answerer(model, processor).inputs([TURNS[0][0]], is_compressed=True)["input_ids"][0].tolist()
     assert asked == [i for i in encoded.input_ids[:first] if i != model.config.image_token_id]
@@ -185,10 +186,10 @@ def test_training_goes_on_in_the_style_of_its_start_unless_the_preset_says_other
     """The shipped models know questions without a system prompt."""
     processor = load("tiny-upper")[1]
     options = preset(tmp_path, ("what is at the top left ?", "cat"))
-    assert processor.style == TINY and setup.ConversationData(options, processor).style == TINY
-    assert setup.ConversationData(options | {"prompt": "vicuna_v1"}, processor).style == VICUNA_V1 == processor.style
+    assert processor.style == TINY and ConversationData(options, processor).style == TINY
+    assert ConversationData(options | {"prompt": "vicuna_v1"}, processor).style == VICUNA_V1 == processor.style
     with pytest.raises(ValueError, match="prompt is 'vicuna'; known: tiny, vicuna_v1"):
-        setup.ConversationData(options | {"prompt": "vicuna"}, processor)
+        ConversationData(options | {"prompt": "vicuna"}, processor)
 
 
 @pytest.mark.parametrize(("name", "image"), [("tiny", "<voco>"), ("tiny-upper", "<image>" * 36)])
@@ -206,7 +207,7 @@ def test_the_shipped_models_are_asked_as_before(name: str, image: str) -> None:
 def test_a_bottleneck_token_in_training_data_is_refused_with_its_sample(tmp_path: Path) -> None:
     """It was found in the middle of a run, as a picture too few."""
     with pytest.raises(ValueError, match="sample '1' contains <voco>.*remove it"):
-        setup.ConversationData(preset(tmp_path, ("what is <voco> ?", "cat")), load("tiny")[1])
+        ConversationData(preset(tmp_path, ("what is <voco> ?", "cat")), load("tiny")[1])
 
 
 @pytest.mark.parametrize("word", ["<image>", "<voco>"])

@@ -17,6 +17,7 @@ from htc_vlm.data.collate import Collator
 from htc_vlm.data.conversations import Record
 from htc_vlm.files import umask
 from htc_vlm.train import run_record, setup
+from htc_vlm.train.conversation_data import ConversationData
 from htc_vlm.train.held_out import HeldOut, hold_out
 from htc_vlm.train.loop import LoopSettings, StageTrainer, _arguments
 from htc_vlm.train.lora import settings_from
@@ -182,7 +183,7 @@ def test_the_teachers_share_is_scaled_as_trainers_own_loss_is(tmp_path: Path, mo
     from htc_vlm import load
 
     model, processor = load(tiny.checkpoint(tiny.NONE))
-    every = setup.ConversationData(own_preset(data()), processor)
+    every = ConversationData(own_preset(data()), processor)
     batch = Collator(processor.tokenizer.pad_token_id)([every[0]])
     n = int((batch["labels"][:, 1:] != -100).sum())
     settings = LoopSettings(steps=1, images_per_step=1)
@@ -221,7 +222,7 @@ def test_the_held_out_loss_is_that_of_the_weights_of_its_step(tmp_path: Path) ->
     assert report["held_out_loss"] == rows[-1]["held_out_loss"]
     model, processor = load(tiny.checkpoint(tiny.NONE))
     model.load_state_dict(load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"), strict=False)
-    _, unseen = setup.ConversationData(preset, processor).split(2)
+    _, unseen = ConversationData(preset, processor).split(2)
     assert unseen is not None and len(unseen) == 2
     collator = Collator(processor.tokenizer.pad_token_id, multiple_of=16)
     with torch.no_grad():
@@ -234,7 +235,7 @@ def test_one_batch_at_a_time_or_all_at_once_give_the_same_held_out_loss(tmp_path
     from htc_vlm import load
 
     model, processor = load(tiny.checkpoint(tiny.NONE))
-    every = setup.ConversationData(own_preset(data()), processor)
+    every = ConversationData(own_preset(data()), processor)
     trainer = StageTrainer(model=model, args=_arguments(tmp_path, LoopSettings(images_per_step=1)), train_dataset=every)
     trainer.model_wrapped = model
     state = torch.get_rng_state()

@@ -16,7 +16,10 @@ from htc_vlm.data.prompts import STYLES
 from htc_vlm.model.adapter import weights
 from htc_vlm.model.loading import load, without_compression
 from htc_vlm.tiny import pictograms
-from htc_vlm.train import presets, setup
+from htc_vlm.train import conversation_data, packed_data, presets, setup
+from htc_vlm.train.conversation_data import ConversationData
+from htc_vlm.train.saving import save_rounded
+from htc_vlm.train.teacher import logits_of_teacher
 
 from .. import tiny_runs as tiny
 
@@ -81,7 +84,7 @@ def test_an_adapter_trains_on_a_base_that_stays_as_it_is(tmp_path: Path) -> None
 def test_every_answer_and_nothing_else_is_supervised(tmp_path: Path) -> None:
     """Three turns: three answers, each with its end."""
     processor = tiny.loaded(tiny.VOCO)[1]
-    data = setup.ConversationData(conversations(tmp_path / "data", GOOD), processor)
+    data = ConversationData(conversations(tmp_path / "data", GOOD), processor)
     assert sorted(record.id for record in data.records) == ["one", "text", "turns", "two"]
     number = next(i for i, record in enumerate(data.records) if record.id == "turns")
     labels = [label for label in data[number].encoded.labels if label != -100]
@@ -95,7 +98,7 @@ def test_every_answer_and_nothing_else_is_supervised(tmp_path: Path) -> None:
 def test_samples_come_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
     """Files are often sorted by source; and a resumed run must find the same order."""
     preset = conversations(tmp_path / "data", [{**GOOD[3], "id": str(i)} for i in range(20)])
-    orders = [[r.id for r in setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], seed).records] for seed in (0, 0, 1)]
+    orders = [[r.id for r in ConversationData(preset, tiny.loaded(tiny.NONE)[1], seed).records] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] != sorted(orders[2], key=int)
 
 
@@ -106,37 +109,37 @@ def test_all_broken_pictures_are_named_before_training(tmp_path: Path) -> None:
     (folder / "s.json").write_text(json.dumps([sample(name, [name], (f"<image>{PICTURE}", "cat")) for name in names]))
     preset = {"data": [{"task": "llava", "json": str(folder / "s.json")}], "prompt": "tiny"}
     with pytest.raises(ValueError, match="4 of 9 pictures cannot be used") as refused:
-        setup.ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
+        ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
     named = {name for name in names if name in str(refused.value)}
     assert named == {*tiny.BAD} - {"folder.png"}
     good = [sample(name, [name], (f"<image>{PICTURE}", "cat")) for name in tiny.GOOD]
     (folder / "s.json").write_text(json.dumps(good))
-    data = setup.ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
+    data = ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
     assert {tuple(data[i].images["pixel_values"].shape) for i in range(len(data))} == {(1, 3, 64, 64)}
     (folder / "s.json").write_text(json.dumps([*good, sample("folder", ["folder.png"], (f"<image>{PICTURE}", "cat"))]))
     with pytest.raises(ConversationError, match="folder.png"):
-        setup.ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
+        ConversationData(preset, tiny.loaded(tiny.VOCO)[1])
 
 
 def test_pictures_are_checked_once_unless_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding 665 thousand pictures at each resume would take longer than the checkpoint saved."""
     preset, checked = conversations(tmp_path / "data", GOOD), tmp_path / "run" / "checked.json"
     opened: list[Path] = []
-    original = setup.load_for_model
-    monkeypatch.setattr(setup, "load_for_model", lambda path: opened.append(path) or original(path))
-    setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
+    original = conversation_data.load_for_model
+    monkeypatch.setattr(conversation_data, "load_for_model", lambda path: opened.append(path) or original(path))
+    ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
     assert [path.name for path in opened] == ["a.png", "b.png"]
-    setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
+    ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
     assert len(opened) == 2
     (tmp_path / "data" / "b.png").write_bytes(b"")
     with pytest.raises(ValueError, match="1 of 2 pictures.*b.png"):
-        setup.ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
+        ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
 
 
 def test_an_unknown_prompt_style_is_refused(tmp_path: Path) -> None:
     """It was a KeyError."""
     with pytest.raises(ValueError, match="prompt is 'vicuna'; known: tiny, vicuna_v1"):
-        setup.ConversationData({**conversations(tmp_path / "data", GOOD), "prompt": "vicuna"}, None)
+        ConversationData({**conversations(tmp_path / "data", GOOD), "prompt": "vicuna"}, None)
 
 
 # ------------------------------------------------------------------------------------------------ where a stage starts
@@ -184,8 +187,8 @@ def test_a_curriculum_that_leaves_no_image_is_refused() -> None:
     """No scene has fewer than one thing."""
     ids = pictograms.images("train")[:8]
     with pytest.raises(ValueError, match="max_things leaves no image"):
-        setup._simple_first(pictograms, ids, [{"until": 0.5, "max_things": 0}])
-    ((until, allowed),) = setup._simple_first(pictograms, ids, [{"until": 0.5, "max_things": 2}])
+        packed_data._simple_first(pictograms, ids, [{"until": 0.5, "max_things": 0}])
+    ((until, allowed),) = packed_data._simple_first(pictograms, ids, [{"until": 0.5, "max_things": 2}])
     assert until == 0.5 and [i for i, name in enumerate(ids) if pictograms.n_things(name) <= 2] == allowed.tolist()
 
 
@@ -206,7 +209,7 @@ def packed_batch(compressor: dict[str, Any]) -> dict[str, torch.Tensor]:
 def test_the_teacher_answers_as_the_uncompressed_model_does(tmp_path: Path) -> None:
     """Its logits must be those of its own prompt (patches, no bottleneck), in the order of the student's labels."""
     student, batch = tiny.loaded(tiny.HTC)[0], packed_batch(tiny.HTC)
-    got = setup._teach(str(tiny.checkpoint(tiny.NONE)), student)(batch)
+    got = logits_of_teacher(str(tiny.checkpoint(tiny.NONE)), student)(batch)
     model, processor = tiny.loaded(tiny.NONE)
     rows = []
     for i in range(2):
@@ -221,12 +224,12 @@ def test_the_teacher_answers_as_the_uncompressed_model_does(tmp_path: Path) -> N
 def test_a_compressed_teacher_is_refused() -> None:
     """It knows no more than the student."""
     with pytest.raises(ValueError, match="teacher must be uncompressed.*'voco'"):
-        setup._teach(str(tiny.checkpoint(tiny.VOCO)), tiny.loaded(tiny.HTC)[0])
+        logits_of_teacher(str(tiny.checkpoint(tiny.VOCO)), tiny.loaded(tiny.HTC)[0])
 
 
 def test_a_batch_that_the_teacher_cannot_read_is_refused() -> None:
     """A sample without an image would shift the teacher's answers to other tokens."""
-    teach = setup._teach(str(tiny.checkpoint(tiny.NONE)), tiny.loaded(tiny.HTC)[0])
+    teach = logits_of_teacher(str(tiny.checkpoint(tiny.NONE)), tiny.loaded(tiny.HTC)[0])
     batch = packed_batch(tiny.HTC)
     batch["input_ids"] = torch.full_like(batch["input_ids"], 10)
     with pytest.raises(ValueError, match="exactly one image in front"):
@@ -249,7 +252,7 @@ def test_saved_weights_are_rounded_but_the_quantizers(tmp_path: Path) -> None:
     from htc_vlm import load
 
     model, processor = load(tiny.checkpoint(tiny.HTC))
-    setup.save_rounded(model, processor, tmp_path / "model")
+    save_rounded(model, processor, tmp_path / "model")
     again = load(tmp_path / "model")[0]
     there = dict(model.named_parameters())
     for name, value in again.named_parameters():
@@ -263,10 +266,10 @@ def test_code_files_are_named_by_what_codes_depend_on() -> None:
     from htc_vlm import load
 
     model = load(tiny.checkpoint(tiny.HTC))[0].model.compressor
-    key = setup.code_key(model)
-    assert key == setup.code_key(tiny.loaded(tiny.HTC)[0].model.compressor) and key.startswith("quantized-32-")
+    key = packed_data.code_key(model)
+    assert key == packed_data.code_key(tiny.loaded(tiny.HTC)[0].model.compressor) and key.startswith("quantized-32-")
     next(model.quantizer.parameters()).data.add_(1)
-    assert setup.code_key(model) != key
+    assert packed_data.code_key(model) != key
 
 
 def test_the_presets_prompt_styles_are_those_of_the_data() -> None:
@@ -279,12 +282,12 @@ def test_words_of_patches_need_a_task_that_knows_them() -> None:
     """Without this, a preset's `words` block with another task would do nothing."""
     preset = {"words": {"task": "fashion-mnist"}, "data": [{"task": "fashion-mnist"}, {"task": "pictograms"}]}
     with pytest.raises(ValueError, match="know a patch's words: pictograms"):
-        setup._align_words(preset, None, None, [], 0)
+        packed_data.align_patches(preset, None, None, [], 0)
 
 
 def test_a_block_without_max_things_allows_all_images() -> None:
     """The limit of a later block once held for the blocks before it, too."""
     ids = pictograms.images("train")[:30]
     blocks = [{"until": 0.2}, {"until": 0.5, "max_things": 1}, {"until": 1.0}]
-    (first, every), (second, single) = setup._simple_first(pictograms, ids, blocks)
+    (first, every), (second, single) = packed_data._simple_first(pictograms, ids, blocks)
     assert (first, second) == (0.2, 0.5) and len(every) == 30 and 0 < len(single) < 30

@@ -53,7 +53,7 @@ class Applied:
         check(family, self.method, self.n_nominal)
         options: dict[str, Any] = {
             "method_of": self._build, "image_token_id": family.model.config.image_token_id,
-            "n_nominal": self.n_nominal, "has_axes": family.has_axes,
+            "n_nominal": self.n_nominal, "has_axes": family.has_axes, "has_tile_marks": family.tile_marks,
         }  # fmt: skip
         drops = self.method.drops(self.n_nominal, self.n_layers)
         self.drop_run = DropRun(**options) if drops else None

@@ -25,6 +25,7 @@ from htc_vlm.applied.prompts import (
     first_largest,
     groups_of,
     image_columns,
+    join_tiles,
     merged_into,
     number_images,
     renumbered,
@@ -66,6 +67,8 @@ class Run:
     n_nominal: int  # tokens of an image, or a number that stands for any
     in_place: int | None = None  # images of so many tokens have the method's in their first places (LLaVA)
     has_axes: bool = False  # M-RoPE
+    has_tile_marks: bool = False  # the prompt has marks between the tiles of a picture
+    is_one_picture: bool = False  # each prompt has one picture, whatever its marks
     grid_matters: bool = False
     grid_of: Callable[[int, Tensor | None], tuple[int, int] | None] = lambda n, position: None
     prompt: Prompt | None = None
@@ -82,7 +85,11 @@ class Run:
     def numbers(self) -> Tensor:
         """(B, L) which image each column of the prompt belongs to."""
         assert self.prompt is not None
-        return number_images(self.prompt.input_ids, self.image_token_id, self.prompt.lengths())
+        ids = self.prompt.input_ids
+        found = number_images(ids, self.image_token_id, self.prompt.lengths())
+        if self.is_one_picture:
+            return (found > 0) * torch.arange(1, len(ids) + 1, device=ids.device)[:, None]
+        return join_tiles(ids, found) if self.has_tile_marks else found
 
 
 class Door(nn.Module):

@@ -6,8 +6,7 @@ Source:  transformers 5.23, what its vision-language models have in common: get_
 Differs: a family overrides only what is its own; a model of no known family gets the defaults if it answers to those names.
          Methods before the language model see the visual tokens as the decoder was to get them, after the projector;
          LLaVA's see the vision tower's features as well, as the papers' codes do. An image of LLaVA-NeXT and LLaVA-OneVision
-         is all its tiles with their newlines, one of InternVL all its tiles; SmolVLM writes marks between tiles, so there a
-         tile counts as an image.
+         is all its tiles with their newlines, one of InternVL or SmolVLM all its tiles.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ class Family:
     model_types: ClassVar[tuple[str, ...]] = ()
     tower_acts: ClassVar[bool] = False  # may a method act in the vision tower?
     tower: ClassVar[str] = "its vision tower has no place for methods here"
+    tile_marks: ClassVar[bool] = False  # does the prompt have marks between the tiles of a picture?
     grid: ClassVar[str | None] = "it is not known where in the picture its tokens are"  # why there is none; None: there is
 
     def __init__(self, model: Any) -> None:
@@ -136,20 +136,23 @@ class InternVL(Family):
 
 
 class SmolVLM(Family):
-    """SmolVLM and Idefics3: a tile is an image here, a square of tokens after pixel shuffle."""
+    """SmolVLM and Idefics3: tiles and an overview, each a square of tokens after pixel shuffle, with marks between them."""
 
     name = "smolvlm"
     model_types = ("smolvlm", "idefics3")
     tower = "pixel shuffle needs each tile's whole grid after the tower"
+    tile_marks = True
     grid = None
 
-    @property
-    def n_patches(self) -> int | None:
-        config = self.model.config
-        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
-
     def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
-        return math.isqrt(n_patches), math.isqrt(n_patches)
+        config = self.model.config
+        n_tile = int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
+        if n_patches != n_tile:
+            raise ValueError(
+                f"this image is {n_patches // n_tile} tiles of {type(self.model).__name__}, which have no common grid; give "
+                "the processor do_image_splitting=False (one tile), or use divprune or random_drop"
+            )
+        return math.isqrt(n_tile), math.isqrt(n_tile)
 
 
 class QwenVL(Family):

@@ -85,6 +85,39 @@ def number_images(input_ids: Tensor, image_token_id: int, lengths: Sequence[int]
     return torch.zeros_like(input_ids).masked_scatter(is_visual, number)
 
 
+MARK_TOKENS = 16  # of the marks around a tile, at most
+
+
+def join_tiles(input_ids: Tensor, image: Tensor) -> Tensor:
+    """`number_images` with the tiles of a picture as one image, where marks stand between them: (B, L) -> (B, L).
+
+    The same mark opens each tile and closes the picture, so that there is one between two tiles and there are two between
+    pictures (SmolVLM, Idefics3). Prompts without such marks stay as they are.
+
+    >>> ids = torch.tensor([[7, 9, 9, 7, 9, 9, 7, 7, 9, 9, 7, 1]])
+    >>> join_tiles(ids, number_images(ids, 9, [2, 2, 2]))
+    tensor([[0, 1, 1, 0, 1, 1, 0, 0, 2, 2, 0, 0]])
+    """
+    number, renamed = 0, torch.zeros(int(image.max()) + 1, dtype=image.dtype, device=image.device)
+    for ids, row in zip(input_ids.tolist(), image.tolist(), strict=True):
+        tiles = {tile: (row.index(tile), len(row) - row[::-1].index(tile)) for tile in dict.fromkeys(row) if tile}
+        mark, end = closing_mark(ids, list(tiles.values())), None
+        for tile, (first, behind) in tiles.items():
+            between = [] if end is None else ids[end:first]
+            is_same = mark is not None and len(between) <= MARK_TOKENS and between.count(mark) == 1
+            number += not is_same
+            renamed[tile], end = number, behind
+    return renamed[image]
+
+
+def closing_mark(ids: Sequence[int], tiles: Sequence[tuple[int, int]]) -> int | None:
+    """The token behind a prompt's last tile, if the first tile was opened by it, too. tiles: (first, behind) of each."""
+    if not tiles or tiles[-1][1] == len(ids):
+        return None
+    mark, first = ids[tiles[-1][1]], tiles[0][0]
+    return mark if mark in ids[max(0, first - MARK_TOKENS) : first] else None
+
+
 def groups_of(image: Tensor, apart: bool = False) -> list[Group]:
     """(B, N) numbers of images -> images with equally many tokens together, in order of appearance; or each `apart`.
 

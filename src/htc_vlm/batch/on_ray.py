@@ -66,7 +66,8 @@ class OwnStore(CompressAndAsk):
         super().__init__(
             settings,
             lambda model, processor: ImageStore.open(
-                own, model, processor, self.shared.about.dtype, maps=settings.maps, levels=self.shared.about.levels
+                own, model, processor, self.shared.about.dtype, method=self.shared.method, maps=settings.maps,
+                levels=self.shared.about.levels,
             ),
         )
 
@@ -76,6 +77,8 @@ class OwnStore(CompressAndAsk):
     def _images(self, ids: list[str]) -> Any:
         here = self.store.intact(ids)
         parts = [(self.store if id in here else self.shared).get([id]) for id in ids]
+        if self.is_stock:
+            return parts
         return CompressedImages.concat(parts) if parts else None
 
 

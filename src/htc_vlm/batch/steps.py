@@ -22,7 +22,9 @@ from htc_vlm.batch.sources import Ref
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.loading import find, load, load_processor, to_device
+from htc_vlm.model.loading import OURS, find, load, load_processor, model_type, to_device
+from htc_vlm.model.prefix_cache import own_bottleneck
+from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.store import ImageStore
 
 Columns = dict[str, Any]
@@ -32,7 +34,11 @@ ROW = ("path", "id", "number", "question", "answer", "error")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both steps need, in whichever process they run. store: where images are looked for, and kept."""
+    """What both steps need, in whichever process they run.
+
+    store: where images are looked for, and kept. method: of a model without a bottleneck, see `ImageStore.open`; None with
+    one that is there: the store's.
+    """
 
     model: str
     store: str
@@ -40,12 +46,14 @@ class Settings:
     maps: bool = False
     max_new_tokens: int = 16
     device: str = "cpu"
+    method: Mapping[str, Any] | None = None
 
 
 class Decode:
-    """Columns of `Ref` -> path, id, asked, error, has_pixels and pixels (n, 3, height, width) float32.
+    """Columns of `Ref` -> path, id, asked, error, is_new and pixels (n, 3, height, width) float32.
 
-    Broken pictures come with their error; those that the store has are not decoded.
+    Broken pictures come with their error; those that the store has are not decoded. Of a model without a bottleneck, whose
+    processor makes of each picture what it likes, `content` are the files as they are, instead of pixels.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -61,6 +69,19 @@ class Decode:
         found = [_content(ref) for ref in refs]
         ids = [hashlib.sha256(content).digest() if content is not None else b"" for content, _ in found]
         there = store.intact([id.hex() for id in ids if id])
+        about = {
+            "path": np.array([ref.name for ref in refs], dtype=object),
+            "id": np.array([id.hex() for id in ids], dtype=object),
+            "asked": np.array(list(batch["asked"]), dtype=object),
+        }
+        if processor is None:
+            files = [content if id.hex() not in there else None for id, (content, _) in zip(ids, found, strict=True)]
+            return {
+                **about,
+                "error": np.array([error for _, error in found], dtype=object),
+                "is_new": np.array([file is not None for file in files]),
+                "content": np.array([file or b"" for file in files], dtype=object),
+            }
         pictures: list[Image.Image | None] = []
         errors = []
         for ref, id, (content, error) in zip(refs, ids, found, strict=True):
@@ -70,26 +91,22 @@ class Decode:
             pictures.append(picture)
             errors.append(error)
         good = [picture for picture in pictures if picture is not None]
-        has_pixels = np.array([picture is not None for picture in pictures])
+        is_new = np.array([picture is not None for picture in pictures])
         spread = np.zeros((len(refs), *shape), np.float32)
         if good:
-            spread[has_pixels] = processor(images=good, return_tensors="np")["pixel_values"]
-        return {
-            "path": np.array([ref.name for ref in refs], dtype=object),
-            "id": np.array([id.hex() for id in ids], dtype=object),
-            "asked": np.array(list(batch["asked"]), dtype=object),
-            "error": np.array(errors, dtype=object),
-            "has_pixels": has_pixels,
-            "pixels": spread,
-        }
+            spread[is_new] = processor(images=good, return_tensors="np")["pixel_values"]
+        return {**about, "error": np.array(errors, dtype=object), "is_new": is_new, "pixels": spread}
 
     def _tools(self) -> tuple[Any, ImageStore, tuple[int, ...]]:
-        """The processor, the store, and the shape of one picture's pixels."""
+        """The processor (None: a stock model's), the store, and the shape of one picture's pixels."""
         if self._made is None:
-            folder = find(self.settings.model)
+            folder, store = find(self.settings.model), ImageStore.open(self.settings.store, read_only=True)
+            if not keeps_bottleneck(folder):
+                self._made = None, store, ()
+                return self._made
             processor = load_processor(folder, HtcVlmConfig.from_pretrained(folder))
             shape = np.asarray(processor(images=[Image.new("RGB", (8, 8))], return_tensors="np")["pixel_values"]).shape[1:]
-            self._made = processor, ImageStore.open(self.settings.store, read_only=True), shape
+            self._made = processor, store, shape
         return self._made
 
 
@@ -120,13 +137,14 @@ class CompressAndAsk:
     def __init__(self, settings: Settings, open_store: Callable[[Any, Any], ImageStore] | None = None) -> None:
         model, processor = load(settings.model)
         model = to_device(model, settings.device)
-        self.settings, self.answerer = settings, Answerer(model, processor)
-        opened = open_store or (lambda m, p: ImageStore.open(settings.store, m, p, settings.dtype, maps=settings.maps))
+        self.settings, self.is_stock = settings, not own_bottleneck(model)
+        self.answerer: Answerer | StockAnswerer = (StockAnswerer if self.is_stock else Answerer)(model, processor)
+        opened = open_store or (lambda m, p: store_of(settings, m, p))
         self.store = opened(model, processor)
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
-        self._keep(batch)
-        good = [i for i, error in enumerate(batch["error"]) if not error]
+        errors = self._keep(batch)
+        good = [i for i, error in enumerate(errors) if not error]
         unique = list(dict.fromkeys(str(batch["id"][i]) for i in good))
         images = self._images(unique)
         asked = [json.loads(str(one)) for one in batch["asked"]]
@@ -136,10 +154,10 @@ class CompressAndAsk:
         for start in range(0, len(pairs), ASK_AT_ONCE):
             part = slice(start, start + ASK_AT_ONCE)
             texts = [question for _, question in pairs[part]]
-            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)
+            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)  # type: ignore[arg-type]
         given = iter(answers)
         rows: list[tuple[Any, ...]] = []
-        for i, error in enumerate(batch["error"]):
+        for i, error in enumerate(errors):
             for number, question in enumerate(asked[i]):
                 answer = "" if error else next(given)
                 rows.append((batch["path"][i], batch["id"][i], number, question, answer, error))
@@ -147,24 +165,41 @@ class CompressAndAsk:
         kinds = {"number": np.int64}
         return {name: np.array(list(column), dtype=kinds.get(name, object)) for name, column in zip(ROW, columns, strict=True)}
 
-    def _keep(self, batch: Mapping[str, Any]) -> None:
-        """Compress what has pixels and put it in the store, with the names of all."""
-        import torch
+    def _keep(self, batch: Mapping[str, Any]) -> list[str]:
+        """Compress what is new and put it in the store, with the names of all. Each row's error."""
+        errors = [str(error) for error in batch["error"]]
+        first = {str(batch["id"][i]): int(i) for i in reversed(np.flatnonzero(batch["is_new"]))}
+        if first and self.is_stock:
+            broken = self._keep_stock(batch, first)
+            errors = [error or broken.get(str(id), "") for error, id in zip(errors, batch["id"], strict=True)]
+        elif first:
+            import torch
 
-        first = {str(batch["id"][i]): i for i in reversed(np.flatnonzero(batch["has_pixels"]))}
-        if first:
-            model = self.answerer.model
+            model: Any = self.answerer.model
             pixels = torch.from_numpy(np.asarray(batch["pixels"])[list(first.values())]).to(model.device, model.dtype)
             images = model.compress(
                 pixel_values=pixels, maps=self.settings.maps, image_processor=self.answerer.processor.image_processor
             )
             self.store.put(list(first), images)
-        self._name([(str(batch["path"][i]), str(batch["id"][i])) for i, error in enumerate(batch["error"]) if not error])
+        self._name([(str(batch["path"][i]), str(batch["id"][i])) for i, error in enumerate(errors) if not error])
+        return errors
+
+    def _keep_stock(self, batch: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, str]:
+        """id -> why its picture cannot be kept. One at a time: pictures of other sizes may have other counts of entries."""
+        broken = {}
+        for id, i in first.items():
+            picture, broken[id] = _picture(batch["content"][i], str(batch["path"][i]))
+            if picture is not None:
+                self.store.put([id], self.store.compress([picture]))
+        return broken
 
     def _name(self, named: list[tuple[str, str]]) -> None:
         self.store.name(named)
 
     def _images(self, ids: list[str]) -> Any:
+        """What is asked: images in one tensor, or one by one of a stock model."""
+        if self.is_stock:
+            return [self.store.get([id]) for id in ids]
         return self.store.get(ids) if ids else None
 
 
@@ -175,10 +210,21 @@ def columns_of(refs: Sequence[Ref], asked: Sequence[Sequence[str]]) -> Columns:
     return {**columns, "path": [os.path.abspath(ref.path) for ref in refs], "asked": [json.dumps(list(one)) for one in asked]}
 
 
-def is_ready(model: str) -> Path:
-    """The checkpoint's folder. ValueError, before anything is loaded, for one whose images cannot be kept."""
-    folder = find(model)
-    config = HtcVlmConfig.from_pretrained(folder)
-    if not compressors.build(**config.compressor).n_bottleneck:
-        raise ValueError(f"model {model!r} has no bottleneck, so it keeps no compressed pictures; use e.g. tiny")
+def store_of(settings: Settings, model: Any, processor: Any) -> ImageStore:
+    """The run's store, to be written to."""
+    return ImageStore.open(settings.store, model, processor, settings.dtype, method=settings.method, maps=settings.maps)
+
+
+def keeps_bottleneck(folder: Path) -> bool:
+    """Has a checkpoint a bottleneck? Read from its configuration."""
+    if model_type(folder) not in OURS:
+        return False
+    return bool(compressors.build(**HtcVlmConfig.from_pretrained(folder).compressor).n_bottleneck)
+
+
+def is_ready(settings: Settings) -> Path:
+    """The checkpoint's folder. ValueError, before anything is loaded, for one whose images cannot be kept so."""
+    folder = find(settings.model)
+    if settings.maps and not keeps_bottleneck(folder):
+        raise ValueError(f"maps are of what a bottleneck looked at, which model {settings.model!r} does not have")
     return folder

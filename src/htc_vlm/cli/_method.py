@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
+
+from htc_vlm.settings import budget as tokens_or_share
 
 
 def parse_method(text: str | None) -> dict[str, Any] | None:
@@ -50,3 +53,23 @@ def stock_method(text: str | None, budget: float | None) -> dict[str, Any] | Non
     check_budget(text, budget)
     method = parse_method(text)
     return method if method is None or budget is None else {"budget": budget, **method}
+
+
+def add_method(arguments: argparse.ArgumentParser) -> None:
+    """--method and --budget of the commands that keep pictures."""
+    arguments.add_argument(
+        "--method", metavar="NAME",
+        help="of a model without a bottleneck: what is kept of a picture, e.g. divprune with --budget, or none for all of it",
+    )  # fmt: skip
+    told = "with --method: tokens it keeps, or a share below 1"
+    arguments.add_argument("--budget", type=tokens_or_share, metavar="N", help=told)
+
+
+def kept_method(options: argparse.Namespace) -> dict[str, Any] | None:
+    """`stock_method`, if what it keeps does not depend on a question. ValueError, before a model is loaded."""
+    method = stock_method(options.method, options.budget)
+    if method is not None:
+        from htc_vlm.model.prefix_cache import check_method
+
+        check_method(method)
+    return method

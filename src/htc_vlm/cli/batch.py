@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import add_method, kept_method
+
 EXIT_PARTLY = 1
 
 
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the answers (default: jsonl)")
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     arguments.add_argument("--dtype", default="model", choices=("model", "int8", "int4", "int2"), help="of a new store")
+    add_method(arguments)
     arguments.add_argument("--maps", action="store_true", help="keep where the bottleneck looked, a byte a patch")
     arguments.add_argument("--max-new-tokens", type=int, default=16)
     arguments.add_argument("--batch-size", type=int, default=32, help="pictures a batch, and a commit (default: 32)")
@@ -56,7 +59,7 @@ def run(argv: list[str]) -> int:
 
         pyarrow()
     settings = Settings(
-        options.model, options.store, options.dtype, options.maps, options.max_new_tokens, options.device
+        options.model, options.store, options.dtype, options.maps, options.max_new_tokens, options.device, kept_method(options)
     )
     asked = questions.read(options.questions)
     try:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import add_method, kept_method
 from htc_vlm.files import MAX_PIXELS, check_output, picture_files, pixel_limit, positive
 
 SAVE_EVERY_S = 60.0  # what is done so far is written about this often, so that a kill loses little
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch-size", type=int, default=16, help="pictures compressed at once (default: 16)")
     arguments.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    add_method(arguments)
     arguments.add_argument("--force", action="store_true", help="replace a file that htc-vlm did not write")
     return arguments
 
@@ -43,7 +45,13 @@ class Album:
         self._saved_at = time.monotonic()
 
     def add(self, images: Any, names: list[str]) -> None:
-        """Keep some; write what there is once in a while. OSError as soon as it is clear that the disk is too small."""
+        """Keep some; write what there is once in a while. OSError as soon as it is clear that the disk is too small, and
+        ValueError for images of another size, which no file holds beside those before."""
+        if self.parts and self.parts[0].n_bottleneck != images.n_bottleneck:
+            raise ValueError(
+                f"{names[0]} gives {images.n_bottleneck} entries, {self.names[0]} {self.parts[0].n_bottleneck}, and a file "
+                "holds pictures of one count; keep them in a store (htc-vlm store add), or fix the count (--budget 64)"
+            )
         self.parts.append(images.to("cpu"))
         self.names += names
         needed, free = images[0].nbytes * self.n_files, shutil.disk_usage(self.output.absolute().parent).free
@@ -74,6 +82,7 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
+    method = kept_method(options)
     files, others = picture_files(options.pictures)
     check_output(options.output, options.force, files)
     if others:
@@ -84,13 +93,11 @@ def run(argv: list[str]) -> int:
 
     from htc_vlm import load
     from htc_vlm.data.images import load_batches
-    from htc_vlm.model.answering import Answerer
     from htc_vlm.model.loading import to_device
+    from htc_vlm.store.encoding import encoder_of
 
     model, processor = load(options.model)
-    if not model.model.compressor.n_bottleneck:
-        raise ValueError(f"model {options.model!r} has no bottleneck, so it keeps no compressed pictures")
-    answerer = Answerer(to_device(model, options.device), processor)
+    encoder = encoder_of(to_device(model, options.device), processor, method)
     album, refused = Album(options.output, len(files)), []
 
     def leave_out(file: Path, error: str) -> None:
@@ -101,7 +108,10 @@ def run(argv: list[str]) -> int:
     try:
         with tqdm(total=len(files), desc="compress", unit="picture", disable=None) as bar:
             for paths, pictures in load_batches(files, options.batch_size, leave_out, **pixel_limit(options)):
-                album.add(answerer.encode(pictures), [str(path) for path in paths])
+                names = [str(path) for path in paths]
+                for images in encoder.encode(pictures, maps=False):
+                    album.add(images, names[: len(images)])
+                    names = names[len(images) :]
                 bar.update(len(album.names) + len(refused) - bar.n)
         if not album.parts:
             raise ValueError("no picture could be read, so there is nothing to write")

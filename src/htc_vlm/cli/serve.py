@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import add_method, kept_method
+
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = "HTC_VLM_TOKEN"
 # uvicorn's own 5 s is when httpx gives up idle connections, too: a request sent at that moment was answered by a reset.
@@ -23,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--name", help="what clients call the model (default: as --model, without folders)")
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     arguments.add_argument("--dtype", default="model", help="how the store keeps new pictures: model, int8, int4, int2")
+    add_method(arguments)
     arguments.add_argument("--no-maps", action="store_true", help="do not keep where the model looked in new pictures")
     arguments.add_argument("--host", default="127.0.0.1", help="another than 127.0.0.1 needs a token")
     arguments.add_argument("--port", type=int, default=8000)
@@ -67,13 +70,16 @@ def run(argv: list[str]) -> int:
 def make_app(options: argparse.Namespace, token: str | None) -> Any:
     """The application with its model and store."""
     from htc_vlm import load
+    from htc_vlm.model.loading import to_device
+    from htc_vlm.model.prefix_cache import own_bottleneck
     from htc_vlm.serve.app import make_app
     from htc_vlm.serve.limits import Limits
     from htc_vlm.store import ImageStore
 
-    limits = Limits(**{name: getattr(options, name) for name in _limits()})
+    limits, method = Limits(**{name: getattr(options, name) for name in _limits()}), kept_method(options)
     model, processor = load(options.model)
-    model.to(options.device)
-    store = ImageStore.open(options.store, model, processor, dtype=options.dtype, maps=not options.no_maps)
+    to_device(model, options.device)
+    maps = own_bottleneck(model) and not options.no_maps
+    store = ImageStore.open(options.store, model, processor, dtype=options.dtype, method=method, maps=maps)
     name = options.name or Path(options.model).name
     return make_app(model, processor, store, name, limits, token, only_local=options.host in LOOPBACK)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.cli._method import add_method, kept_method
+
 EXIT_PARTLY = 1
 DTYPES = ("model", "int8", "int4", "int2")
 
@@ -17,9 +19,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="htc-vlm store",
         description=__doc__,
-        epilog="Options: add: --model --dtype --method --budget --maps --batch-size; get, export: --output --force; list: "
-        "--limit --name --json. Exit code 0: done; 1: partly (some pictures could not be read, some images are damaged); 2: "
-        "refused.",
+        epilog="Options: add: --model --device --dtype --method --budget --maps --batch-size; get, export: --output --force; "
+        "list: --limit --name --json. Exit code 0: done; 1: partly (some pictures could not be read, some images are "
+        "damaged); 2: refused.",
     )
     actions = arguments.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -27,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("pictures", nargs="+", help="picture files, folders (with all folders in them), or patterns")
     add.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     add.add_argument("--dtype", default="model", choices=DTYPES, help="how a new store packs images (default: the model's own)")
-    add.add_argument("--method", metavar="NAME", help="of a model without a bottleneck, e.g. divprune")
-    add.add_argument("--budget", type=float, help="tokens the method keeps, or a share below 1")
+    add.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    add_method(add)
     add.add_argument("--maps", action="store_true", help="keep where the bottleneck looked, a byte a patch")
     add.add_argument("--batch-size", type=int, default=32, help="pictures a batch, and a commit (default: 32)")
 
@@ -71,14 +73,15 @@ def run(argv: list[str]) -> int:
 
 def add(options: argparse.Namespace) -> int:
     from htc_vlm import ImageStore, load
-    from htc_vlm.cli._method import stock_method
+    from htc_vlm.model.loading import to_device
     from htc_vlm.store.pictures import paths_of
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; give at least 1")
     paths = [path for given in options.pictures for path in paths_of(given)]  # before the model: a wrong path is told at once
+    method = kept_method(options)
     model, processor = load(options.model)
-    method = stock_method(options.method, options.budget)
+    to_device(model, options.device)
     started = time.perf_counter()
     with ImageStore.open(options.store, model, processor, options.dtype, method=method, maps=options.maps) as store:
         added = store.add(paths, batch_size=options.batch_size, progress=sys.stderr.isatty(), on_refused=_tell)

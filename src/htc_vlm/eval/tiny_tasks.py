@@ -13,7 +13,7 @@ from math import fsum
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
 from htc_vlm.eval.task import Item, Mark, percent
-from htc_vlm.tiny.pictograms import majority_baseline, question_only_baseline
+from htc_vlm.tiny.blind import majority_baseline, question_only_baseline
 from htc_vlm.tiny.questions import Question
 
 

@@ -154,6 +154,11 @@ class CompressedImages:
                     f"images of different models cannot be put together: {first.recipe} and {part.recipe}; "
                     "compress all of them with one model"
                 )
+            if part.dtype == first.dtype and part.n_bottleneck != first.n_bottleneck:
+                raise ValueError(
+                    f"images of {first.n_bottleneck} and {part.n_bottleneck} entries do not fit one tensor; keep them in an "
+                    "ImageStore (htc-vlm store add), or fix the number of tokens with the method's own setting"
+                )
             if (part.dtype, part.shape, _levels_digest(part)) != (first.dtype, first.shape, _levels_digest(first)):
                 raise ValueError(f"{part!r} cannot be put together with {first!r}; store all of them as one dtype")
         maps = [part.maps for part in parts if part.maps is not None]

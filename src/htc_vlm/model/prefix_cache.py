@@ -60,7 +60,9 @@ def compress(
     made, context = method_of(model, method, settings)
     prefix = {"method": made, "prefix": asked.before, "after": marks_after(processor, asked, inputs[0])}
     recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": prefix})
-    with context():
+    with context() as applied:
+        if applied is not None:
+            applied.run.is_one_picture = True
         kept = [entries(model, one) for one in inputs]
     counts = sorted({one.shape[4] for one, _ in kept})
     if len(counts) > 1:
@@ -97,10 +99,8 @@ def generate(
         if options:
             raise ValueError(f"a model with a bottleneck takes {', '.join(options)} in model.generate(compressed=...)")
         return Answerer(model, processor).ask(compressed, which, text, max_new_tokens)
-    recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": dict(compressed.prompt)})
-    compressed.check_made_by(recipe.digest)
     tails = [tail(split(processor, one), compressed.prompt) for one in text]
-    inputs = over(model, compressed, which, tails)
+    inputs = over(model, processor, compressed, which, tails)
     n_copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
     if n_copies > 1:
         inputs["past_key_values"].batch_repeat_interleave(n_copies)
@@ -120,21 +120,36 @@ def own_bottleneck(model: Any) -> bool:
     return isinstance(own, Compressor) and bool(own.n_bottleneck)
 
 
+def has_own_method(model: Any) -> bool:
+    """Has the model a compressor of its own, with or without a bottleneck?"""
+    own = getattr(model.base_model, "compressor", None)
+    return isinstance(own, Compressor) and own.name != "none"
+
+
 def method_of(
     model: Any, name: str, settings: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]:
     """What to write into the recipe, and the block to read images in. ValueError for methods that need the question."""
-    own = getattr(model.base_model, "compressor", None)
-    if isinstance(own, Compressor) and own.name != "none":
+    if has_own_method(model):
+        own = model.base_model.compressor
         if name != "none":
             raise ValueError(f"this model has compressor {own.name!r} of its own; leave out method={name!r}")
         check_independent(own)
         return {"name": OWN}, nullcontext
+    check_method({"name": name, **settings})
     if name == "none":
         return {"name": "none"}, nullcontext
-    cls: Any = COMPRESSORS.get(name)
-    check_independent(build(name) if "budget" in settings and "budget" not in fields_of(cls) else build(name, **settings))
     return {"name": name, **settings}, lambda: apply(model, name, **settings)
+
+
+def check_method(method: Mapping[str, Any]) -> None:
+    """ValueError for {"name": ..., settings} that no stock model's images can be cached with; before a model is loaded."""
+    name, settings = method["name"], {key: value for key, value in method.items() if key != "name"}
+    if name == "none" and settings:
+        raise ValueError(f"none keeps all tokens; leave out {', '.join(settings)}, or name a method that has a budget")
+    cls: Any = COMPRESSORS.get(name)
+    made = build(name) if "budget" in settings and "budget" not in fields_of(cls) else build(name, **settings)
+    check_independent(made)
 
 
 def fields_of(cls: Any) -> set[str]:
@@ -250,19 +265,29 @@ def entries(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     return hf_compat.kv_from_cache(cache, n_entries), n_positions
 
 
-def over(model: Any, compressed: CompressedImages, which: list[int], tails: list[list[int]]) -> dict[str, Any]:
-    """generate's arguments: a cache that begins with the images, and left-padded text behind them."""
+def over(
+    model: Any, processor: Any, compressed: CompressedImages, which: list[int], tails: list[list[int]]
+) -> dict[str, Any]:
+    """generate's arguments: a cache that begins with the images, and left-padded text behind them.
+
+    which: the image of each prompt; tails: the ids behind it. ValueError for images of another model, processor or method.
+    """
+    assert compressed.prompt is not None
+    recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": dict(compressed.prompt)})
+    compressed.check_made_by(recipe.digest)
     embedding = model.get_input_embeddings().weight
     is_shared = len(set(which)) == 1
     kv = compressed[[which[0]] if is_shared else which].kv.to(embedding.device, embedding.dtype)
     batch, longest = len(tails), max(map(len, tails))
-    filler = 0 if model.config.image_token_id else 1  # any id but a placeholder's: its keys are there already
-    ids = [[filler] * (longest - len(row)) + row for row in tails]
+    n_entries = kv.shape[4]
+    # Nobody looks at the ids of entries that are there, except penalties for what was said before: the text before the
+    # image, and no placeholder of it.
+    given = [*compressed.prompt["prefix"], *(0 if model.config.image_token_id else 1 for _ in range(n_entries))][:n_entries]
+    ids = [given + [given[0]] * (longest - len(row)) + row for row in tails]
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tails], device=kv.device)
     begins = torch.tensor([compressed.n_visual[i] for i in which], device=kv.device)[:, None]
-    n_entries = kv.shape[4]
     return {
-        "input_ids": torch.cat((torch.full((batch, n_entries), filler), torch.tensor(ids)), dim=1).to(kv.device),
+        "input_ids": torch.tensor(ids, device=kv.device),
         "attention_mask": torch.cat((mask.new_ones(batch, n_entries), mask), dim=1),
         "position_ids": begins + (mask.cumsum(dim=1) - 1).clamp(min=0),
         "past_key_values": hf_compat.cache_from_kv(kv[:, :, 0], kv[:, :, 1], batch, model.config.get_text_config()),

@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from htc_vlm.model.prefix_cache import own_bottleneck
 from htc_vlm.serve.chat import Chat, Writer
 from htc_vlm.serve.engine import Engine, refusal
 from htc_vlm.serve.errors import Refusal
@@ -26,7 +27,9 @@ from htc_vlm.serve.limits import Limits
 from htc_vlm.serve.metrics import Metrics
 from htc_vlm.serve.pictures import Pictures, data_of
 from htc_vlm.serve.schema import ChatRequest, ImageRequest
+from htc_vlm.serve.stock import StockEngine, StockWriter
 from htc_vlm.store import ImageStore
+from htc_vlm.store.encoding import NO_METHOD
 
 routes = APIRouter()
 PAGE = Path(__file__).parent / "page.html"
@@ -56,12 +59,14 @@ def make_app(
 ) -> FastAPI:
     """The ASGI application; it closes the store at its end.
 
-    token: None lets everybody ask. only_local: refuse Host headers other than localhost's.
+    store: opened with this model; with a method, where the model has no bottleneck. token: None lets everybody ask.
+    only_local: refuse Host headers other than localhost's.
     """
-    if not model.model.compressor.n_bottleneck:
-        raise ValueError(f"model {model_name!r} has no bottleneck, so it keeps no compressed pictures; use e.g. tiny")
+    is_stock = not own_bottleneck(model)
+    if is_stock and "prompt" not in store.about.recipe.parts:
+        raise ValueError(f"model {model_name!r} has no bottleneck, and the store was not made by it; {NO_METHOD}")
     limits, metrics = limits or Limits(), Metrics()
-    engine = Engine(model, processor, limits, metrics)
+    engine = (StockEngine if is_stock else Engine)(model, processor, limits, metrics)
     pictures = Pictures(engine, store)
     page = PAGE.read_text(encoding="utf-8")
 
@@ -73,7 +78,8 @@ def make_app(
         await pictures.stop()
 
     app = FastAPI(title="htc-vlm", lifespan=life, docs_url=None, redoc_url=None)
-    app.state.server = Server(engine, pictures, Writer(engine), model_name, page, policy_of(page))
+    writer = (StockWriter if is_stock else Writer)(engine)
+    app.state.server = Server(engine, pictures, writer, model_name, page, policy_of(page))
     app.include_router(routes)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -27,9 +27,9 @@ class Writer:
 
     def __init__(self, engine: Engine) -> None:
         self.model, self.processor, self.limits = engine.model, engine.processor, engine.limits
-        text = self.model.config.text_config
-        self.n_context = int(text.max_position_embeddings)
-        self._marks = (self.processor.image_token, self.processor.bottleneck_token)
+        self.n_context = int(self.model.config.get_text_config().max_position_embeddings)
+        marks = (getattr(self.processor, name, None) for name in ("image_token", "bottleneck_token"))
+        self._marks = tuple(mark for mark in marks if mark)
 
     def prompt(self, messages: Sequence[Message], image_ids: Sequence[str], images: CompressedImages | None) -> Prompt:
         """Refusal 400 where the chat template refuses, or where a text holds a placeholder of the model."""
@@ -41,7 +41,7 @@ class Writer:
             what = f"the prompt has {ids.count(bottleneck)} places, the images need {n_cached}"
             raise Refusal(400, what, "invalid_request")
         n_free = sum(images.n_visual) if images is not None and self.model.model.compressor.positions == "sequential" else 0
-        return Prompt(tuple(ids), images, tuple(image_ids), n_cached, len(ids) + n_free)
+        return Prompt(tuple(ids), images, tuple(image_ids), n_cached, len(ids) + n_free, len(ids))
 
     def _checked(self, message: Message) -> Message:
         """Text that stands for a picture inside the model would take the place of one."""
@@ -60,6 +60,12 @@ class Writer:
             said = ["".join(IMAGE if isinstance(part, ImagePart) else part.text for part in one.parts()) for one in messages]
             history = list(zip(said[::2], said[1::2], strict=False))
             return PromptIds(self.processor.tokenizer, style).question(said[-1], image_text, history)
+        text = self._templated(messages)
+        plain = PromptIds(self.processor.tokenizer, PromptStyle())
+        return plain.begin(text.replace(self.processor.image_token, image_text))
+
+    def _templated(self, messages: Sequence[Message]) -> str:
+        """What the chat template writes, with the processor's image token. Refusal 400 where it refuses."""
         written = [
             {
                 "role": message.role,
@@ -71,11 +77,9 @@ class Writer:
             for message in messages
         ]
         try:
-            text = self.processor.apply_chat_template(written, add_generation_prompt=True, tokenize=False)
+            return str(self.processor.apply_chat_template(written, add_generation_prompt=True, tokenize=False))
         except TemplateError as error:
             raise Refusal(400, f"this model's chat template refuses: {error}", "invalid_request") from error
-        plain = PromptIds(self.processor.tokenizer, PromptStyle())
-        return plain.begin(text.replace(self.processor.image_token, image_text))
 
     def sampling(self, request: ChatRequest, n_positions: int) -> Sampling:
         """What the request says, or the checkpoint's generation_config. Refusal 400 for more than the context holds."""
@@ -133,7 +137,7 @@ class Chat:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         rows = [Row(prompt, sampling, i, writer.decode, pieces.put_nowait) for i in range(n_choices)]
         engine.submit(rows)
-        engine.metrics.prompt_tokens.inc(len(prompt.ids) * n_choices)
+        engine.metrics.prompt_tokens.inc(prompt.n_tokens * n_choices)
         return cls(model_name, rows, pieces, started, engine)
 
     def cancel(self) -> None:
@@ -160,7 +164,7 @@ class Chat:
     def usage(self) -> dict[str, Any]:
         """cached_tokens: those that came from compressed images."""
         prompt = self.rows[0].prompt
-        n_prompt, n_new = len(prompt.ids), sum(row.n_tokens for row in self.rows)
+        n_prompt, n_new = prompt.n_tokens, sum(row.n_tokens for row in self.rows)
         return {
             "prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new,
             "prompt_tokens_details": {"cached_tokens": prompt.n_cached},

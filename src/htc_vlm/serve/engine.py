@@ -165,7 +165,7 @@ class Engine:
                 row = self._rows.popleft()
                 if row.is_cancelled:
                     continue
-                size = set() if row.prompt.images is None else {row.prompt.images.n_bottleneck}
+                size = self._sizes(row)
                 if len(sizes | size) > 1:
                     left.append(row)
                     continue
@@ -209,7 +209,20 @@ class Engine:
 
     @torch.inference_mode()
     def _generate(self, rows: list[Row]) -> None:
-        """One batch, left-padded."""
+        """One batch."""
+        self.model.generate(
+            **self._inputs(rows),
+            generation_config=self._config_for(rows),
+            stopping_criteria=StoppingCriteriaList([EndByRow(rows, self._ends, self._post)]),
+            logits_processor=LogitsProcessorList([ChooseByRow(rows)]),
+        )
+
+    def _sizes(self, row: Row) -> set[int]:
+        """Entries of a row's images: rows of one batch have at most one number of them."""
+        return set() if row.prompt.images is None else {row.prompt.images.n_bottleneck}
+
+    def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What `generate` is given: left-padded prompts, and their images."""
         device = self.model.device
         longest = max(len(row.prompt.ids) for row in rows)
         ids = torch.full((len(rows), longest), self._pad)
@@ -218,14 +231,8 @@ class Engine:
             ids[i, longest - len(row.prompt.ids) :] = torch.tensor(row.prompt.ids)
             mask[i, longest - len(row.prompt.ids) :] = 1
         images = images_of(rows)
-        self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=self._config_for(rows),
-            stopping_criteria=StoppingCriteriaList([EndByRow(rows, self._ends, self._post)]),
-            logits_processor=LogitsProcessorList([ChooseByRow(rows)]),
-            **({} if images is None else {"compressed": images}),
-        )
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return inputs if images is None else {**inputs, "compressed": images}
 
     def _config_for(self, rows: list[Row]) -> Any:
         config = copy.copy(self._config)

@@ -96,7 +96,7 @@ class Pictures:
 
     def _encode(self, pictures: list[Image.Image]) -> list[CompressedImages]:
         """In the model's thread: as the store packs them."""
-        return list(self.store.compress(pictures))
+        return self.store.compress_each(pictures)
 
     # ---------------------------------------------------------------- the store
     async def stored(self, key: str) -> Found:

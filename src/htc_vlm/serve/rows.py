@@ -33,9 +33,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads: ids with the bottleneck tokens of `images` in them, in the order of `image_ids`.
+    """What the model reads: ids with the bottleneck tokens of `images` in them, in the order of `image_ids`; over a stock
+    model's images those behind them.
 
-    n_cached: entries that come from compressed images. n_positions: what it takes of the model's context.
+    n_cached: entries that come from compressed images. n_positions: what it takes of the model's context. n_tokens: what a
+    client is told.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +45,7 @@ class Prompt:
     image_ids: tuple[str, ...]
     n_cached: int
     n_positions: int
+    n_tokens: int
 
 
 @dataclass(frozen=True)

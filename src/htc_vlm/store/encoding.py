@@ -16,6 +16,11 @@ from htc_vlm.model.answering import Answerer
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.recipe import Recipe, recipe_of
 
+NO_METHOD = (
+    "this model has no bottleneck; name a question-independent method that says what is kept of a picture (--method divprune "
+    "--budget 64, method={'name': 'divprune', 'n_keep': 64}), or 'none' for all of it"
+)
+
 
 class OwnBottleneck:
     """Of a model that was trained to compress; maps are kept where asked for."""
@@ -56,18 +61,27 @@ class StockMethod:
         return prefix_cache.compress(self._model, self._processor, [picture], self._name, **self._settings)
 
 
-def encoder_of(model: Any, processor: Any, method: str | Mapping[str, Any] | None) -> OwnBottleneck | StockMethod:
-    """What compresses with this model. ValueError for a method besides the model's own, and for one that needs the question."""
+def encoder_of(
+    model: Any, processor: Any, method: str | Mapping[str, Any] | None, stored: Mapping[str, Any] | None = None
+) -> OwnBottleneck | StockMethod:
+    """What compresses with this model. stored: the method of a store that is there, where none is named.
+
+    ValueError for a method besides the model's own, and for one that needs the question.
+    """
     if prefix_cache.own_bottleneck(model):
         if method is not None:
             raise ValueError(f"this model compresses with its own bottleneck; leave out method={method!r}")
         return OwnBottleneck(model, processor)
-    if method is None:
-        raise ValueError(
-            "this model has no bottleneck; name a question-independent method that says what is kept of a picture, e.g. "
-            "method={'name': 'divprune', 'n_keep': 64}, or 'none' for all of it"
-        )
-    return StockMethod(model, processor, {"name": method} if isinstance(method, str) else method)
+    method = stored if method is None else method
+    if method is None and not prefix_cache.has_own_method(model):
+        raise ValueError(NO_METHOD)
+    return StockMethod(model, processor, {"name": method or "none"} if not isinstance(method, Mapping) else method)
+
+
+def method_in(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The method on a stock model that made a store's images; None for a model's own."""
+    found: Mapping[str, Any] | None = (recipe.parts.get("prompt") or {}).get("method")
+    return None if found is None or found["name"] == prefix_cache.OWN else found
 
 
 def heads_of(model: Any) -> tuple[int, int, int]:

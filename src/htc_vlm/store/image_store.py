@@ -23,8 +23,9 @@ from htc_vlm.data.images import ImageError
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.packing import DTYPES, LEAST_CALIBRATION, Levels, Packed, Shape, row_bytes
 from htc_vlm.store.about import About
-from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encoder_of, heads_of
+from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encoder_of, heads_of, method_in
 from htc_vlm.store.entries import Added, StoredImage
+from htc_vlm.store.listing import listed
 from htc_vlm.store.pictures import Found, Picture, find
 from htc_vlm.store.rows import Row, UnknownImageError, is_id, key_of
 from htc_vlm.store.shards import Shards
@@ -62,7 +63,7 @@ class ImageStore:
 
         model, processor: what compresses; without them what is stored can be read, but not added to.
         method: of a model without a bottleneck, a question-independent one and its settings ({"name": "divprune", "n_keep":
-        64}); its images are asked with `htc_vlm.generate`.
+        64}); its images are asked with `htc_vlm.generate`. Without, that of the store.
         dtype: "model", "int8", "int4" or "int2", how a new store packs images; "model" takes a store that is there as it is.
         levels: of int2; without, they are calibrated on the first pictures added (64 or more). maps: keep where the
         bottleneck looked, too. A store on a read-only disk is opened for reading.
@@ -73,8 +74,9 @@ class ImageStore:
             raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
         if (model is None) != (processor is None):
             raise ValueError("give the model and its processor, or neither")
-        encoder = None if model is None else encoder_of(model, processor, method)
         about = About.read(folder)
+        stored = None if about is None else method_in(about.recipe)
+        encoder = None if model is None else encoder_of(model, processor, method, stored)
         if about is None:
             if encoder is None or read_only:
                 raise ValueError(f"{folder}: no store is there; give a model and its processor to make one")
@@ -160,6 +162,10 @@ class ImageStore:
         """Decoded pictures -> as this store packs them, without keeping them."""
         return CompressedImages.concat(self._compress(pictures))
 
+    def compress_each(self, pictures: Sequence[Any]) -> builtins.list[CompressedImages]:
+        """The same, one by one: pictures of a stock model may have other counts of entries."""
+        return [one for part in self._compress(pictures) for one in part]
+
     def _compress(self, pictures: Sequence[Any]) -> builtins.list[CompressedImages]:
         """The same in as many parts as there are counts of entries."""
         if self._encoder is None:
@@ -219,6 +225,8 @@ class ImageStore:
                         continue  # told when it is its turn
             if pictures:
                 kv += [part.kv.float().cpu() for part in self._encoder.encode(pictures, False)]
+        if len({one.shape[1:] for one in kv}) > 1:
+            raise ValueError(f"{self.path}: int2 has levels for images of one size, and these have several; use int4 or int8")
         if not kv:
             raise ValueError(f"{self.path}: int2 needs pictures to calibrate its levels on, and none could be read")
         self.about = self.about.calibrated(self.path, Levels.fit(torch.cat(kv)))
@@ -296,6 +304,11 @@ class ImageStore:
         return before - self.nbytes_on_disk
 
     @property
+    def method(self) -> Mapping[str, Any] | None:
+        """The method on a stock model that made the images, {"name": ..., settings}; None for a model's own."""
+        return method_in(self.about.recipe)
+
+    @property
     def nbytes_on_disk(self) -> int:
         """Bytes of all the store's files."""
         return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
@@ -319,7 +332,7 @@ class ImageStore:
                 f"{other.path}: its {other.about.dtype} is packed in another way than {self.path}'s {self.about.dtype}"
             )
         n_new, n_damaged = 0, 0
-        ids = [id for id, _, _ in other._shards.ids()]
+        ids = list(other._shards.ids())
         for start in tqdm(range(0, len(ids), 16 * BATCH), disable=not progress):
             chunk = ids[start : start + 16 * BATCH]
             here, whole = self._shards.intact(chunk), other._shards.intact(chunk)
@@ -338,7 +351,7 @@ class ImageStore:
         """
         from htc_vlm.store.export import write_parquet
 
-        ids = [id for id, _, _ in self._shards.ids()]
+        ids = list(self._shards.ids())
         write_parquet(Path(path), self.about, self._exported(ids, progress))
         return len(ids)
 
@@ -358,17 +371,7 @@ class ImageStore:
         limit: at most so many. name: only those with a name that contains it. after: only those behind this id, to go on
         where another call ended; UnknownImageError where it is not there (any more).
         """
-        entries = sorted(self._shards.ids(), key=lambda entry: (entry[1], entry[0]))
-        if after is not None:
-            ids = [id for id, _, _ in entries]
-            if key_of(after) not in ids:
-                raise UnknownImageError(f"{self.path}: no image {after}, so nothing comes after it")
-            entries = entries[ids.index(key_of(after)) + 1 :]
-        if name is None:
-            entries = entries[:limit]
-        names = self._shards.names([id for id, _, _ in entries])
-        found = [StoredImage.of(id, names[id], size, added) for id, added, size in entries]
-        return [one for one in found if name is None or any(name in own for own in one.names)][:limit]
+        return listed(self._shards, limit, name, None if after is None else key_of(after))
 
     def close(self) -> None:
         """Close this process's connections."""

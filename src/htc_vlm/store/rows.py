@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 SCHEMA = 1
 
-TABLES = """
+IN_ORDER = "CREATE INDEX IF NOT EXISTS images_in_order ON images (added, id)"
+TABLES = f"""
 CREATE TABLE IF NOT EXISTS images (id BLOB PRIMARY KEY, added REAL NOT NULL, n_visual INTEGER NOT NULL,
     n_entries INTEGER NOT NULL, checksum BLOB NOT NULL, seen BLOB NOT NULL, kv BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS names (name BLOB PRIMARY KEY, id BLOB NOT NULL, checksum BLOB NOT NULL, added REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS names_of ON names (id);
+{IN_ORDER};
 """
 COLUMNS = "id, added, n_visual, n_entries, checksum, seen, kv"
 PUT_IMAGE = f"INSERT OR REPLACE INTO images ({COLUMNS}) VALUES (?,?,?,?,?,?,?)"

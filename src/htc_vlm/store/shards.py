@@ -4,29 +4,22 @@ Source:  sqlite.org/wal.html; LMCache 4086 and SGLang 2151 for what an unchecked
 Differs: SQLite returns flipped bytes without a word, and its integrity_check says "ok": each row and each name carries a
          checksum of its own, looked at whenever it is read.
 
-Rows go by the first hex digit of their id, so that up to sixteen processes write at once. Writing is one transaction of a
-shard; reading is autocommit, for a reader inside a transaction would let the write-ahead log grow without end. A connection
-belongs to the thread and process that opened it.
+Rows go by the first hex digit of their id, so that up to sixteen processes write at once. `shard_files.py` opens the files.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from htc_vlm.store.rows import (
     COLUMNS,
     PUT_IMAGE,
     PUT_NAME,
-    SCHEMA,
-    TABLES,
     DamagedImageError,
     Row,
     UnknownImageError,
@@ -34,24 +27,19 @@ from htc_vlm.store.rows import (
     name_as_given,
     name_as_stored,
 )
+from htc_vlm.store.shard_files import ShardFiles, is_operational
 
 N_SHARDS = 16
 COMMIT_ROWS = 32
-BUSY_SECONDS = 120
-OUTSIDE = {
-    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
-}  # fmt: skip
 READ_AT_ONCE = 256  # rows of one SELECT; SQLite's limit of variables is far above
 
 
-class Shards:
+class Shards(ShardFiles):
     """The files of one store. key: part of every checksum, the recipe's digest."""
 
     def __init__(self, folder: Path, key: bytes, read_only: bool = False) -> None:
-        self.folder, self.key, self.read_only = folder, key, read_only
-        self._connections: dict[tuple[int, int, int], sqlite3.Connection] = {}
-        self._lock = threading.Lock()
+        super().__init__(folder, read_only)
+        self.key = key
 
     # ---------------------------------------------------------------------------------------------------------- writing
     def write(self, rows: Sequence[Row], names: Sequence[tuple[str, bytes]] = ()) -> None:
@@ -127,7 +115,7 @@ class Shards:
                     assert db is not None
                     records = db.execute(f"SELECT {COLUMNS} FROM images WHERE id IN ({marks})", chunk).fetchall()
                 except sqlite3.DatabaseError as error:
-                    if _is_operational(error):
+                    if is_operational(error):
                         raise self._told(error, shard) from error
                     records = [record for id in chunk for record in self._one(shard, id)]
                 for record in records:
@@ -145,11 +133,8 @@ class Shards:
         """The id of a name. UnknownImageError; DamagedImageError where what the name says does not match its checksum."""
         found: list[tuple[float, bytes]] = []
         for shard in range(N_SHARDS):
-            with self._speaking(shard):
-                db = self._connect(shard, create=False)
-                select = "SELECT name, id, checksum, added FROM names WHERE name = ?"
-                records = [] if db is None else db.execute(select, (name_as_stored(name),)).fetchall()
-            for record in records:
+            select = "SELECT name, id, checksum, added FROM names WHERE name = ?"
+            for record in self.select(shard, select, (name_as_stored(name),)):
                 if not self._name_holds(record):
                     raise DamagedImageError(f"{self.folder}: the name {name!r} is damaged; add its picture again")
                 found.append((record[3], record[1]))
@@ -157,42 +142,33 @@ class Shards:
             raise UnknownImageError(f"{self.folder}: no image named {name!r}; `htc-vlm store list` shows what there is")
         return max(found)[1]
 
-    def ids(self) -> Iterator[tuple[bytes, float, int]]:
-        """(id, when added, bytes), oldest first in each shard; without holding a transaction open."""
+    def select(self, shard: int, text: str, values: Sequence[Any] = ()) -> list[tuple]:
+        """What a SELECT finds in one shard; nothing where there is no such file. OSError, DamagedImageError."""
+        with self._speaking(shard):
+            db = self._connect(shard, create=False)
+            return [] if db is None else db.execute(text, values).fetchall()
+
+    def ids(self) -> Iterator[bytes]:
+        """All ids, shard by shard; without holding a transaction open."""
         for shard in range(N_SHARDS):
             after = 0
-            while True:
-                with self._speaking(shard):
-                    db = self._connect(shard, create=False)
-                    select = (
-                        "SELECT rowid, id, added, length(kv) + length(seen) FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?"  # noqa: E501
-                    )
-                    records = [] if db is None else db.execute(select, (after, READ_AT_ONCE)).fetchall()
-                if not records:
-                    break
-                for _, id, added, size in records:
-                    if is_key(id) and isinstance(added, float):  # a damaged one is `damaged`'s
-                        yield id, added, size
+            select = "SELECT rowid, id FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            while records := self.select(shard, select, (after, READ_AT_ONCE)):
+                yield from (id for _, id in records if is_key(id))  # a damaged one is `damaged`'s
                 after = records[-1][0]
 
     def names(self, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
         """The names of images, in the order they were given."""
         found: dict[bytes, list[str]] = {id: [] for id in ids}
         for id in ids:
-            with self._speaking(_shard_of(id)):
-                db = self._connect(_shard_of(id), create=False)
-                select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
-                records = [] if db is None else db.execute(select, (id,)).fetchall()
+            select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
+            records = self.select(_shard_of(id), select, (id,))
             found[id] = [name_as_given(record[0]) for record in records if self._name_holds(record)]
         return found
 
     def __len__(self) -> int:
-        total = 0
-        for shard in range(N_SHARDS):
-            with self._speaking(shard):
-                db = self._connect(shard, create=False)
-                total += 0 if db is None else db.execute("SELECT count(*) FROM images").fetchone()[0]
-        return total
+        counts = [self.select(shard, "SELECT count(*) FROM images") for shard in range(N_SHARDS)]
+        return sum(found[0][0] for found in counts if found)
 
     # --------------------------------------------------------------------------------------------------------- checking
     def damaged(self) -> Iterator[tuple[int, list[bytes]]]:
@@ -226,7 +202,7 @@ class Shards:
         try:
             record = db.execute(f"SELECT {COLUMNS} FROM images WHERE rowid = ?", (rowid,)).fetchone()
         except sqlite3.DatabaseError as error:
-            if _is_operational(error):
+            if is_operational(error):
                 raise self._told(error, shard) from error
             return expected
         row = None if record is None else self._checked(record)
@@ -285,123 +261,9 @@ class Shards:
                     out.setdefault(shard, []).extend(found)
         return out
 
-    def _commit(self, shard: int, statements: Sequence[tuple[str, list[tuple]]]) -> int:
-        """Run statements as one transaction; how many rows the last one changed. An index that does not fit its rows any
-        more (a flipped bit) is built anew from them."""
-        try:
-            with self._transaction(shard) as db:
-                return [db.executemany(text, values).rowcount for text, values in statements][-1]
-        except DamagedImageError:
-            with self._speaking(shard):
-                found = self._connect(shard, create=False)
-                if found is None:
-                    raise
-                found.execute("REINDEX")
-            with self._transaction(shard) as db:
-                return [db.executemany(text, values).rowcount for text, values in statements][-1]
-
-    @contextmanager
-    def _transaction(self, shard: int) -> Iterator[sqlite3.Connection]:
-        with self._speaking(shard):
-            db = self._connect(shard, create=True)
-            assert db is not None
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _speaking(self, shard: int) -> Iterator[None]:
-        """SQLite's errors as what is wrong with the store, in one line."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._told(error, shard) from error
-
-    def _told(self, error: Exception, shard: int) -> OSError | DamagedImageError:
-        path, text = str(self.folder / _file(shard)), str(error)
-        if "full" in text:
-            return OSError(errno.ENOSPC, "the disk is full; what was added before is kept", path)
-        if "readonly" in text or "unable to open" in text:
-            return OSError(errno.EROFS, "cannot be written to (read-only); the store can be read", path)
-        if "locked" in text:
-            return OSError(errno.EBUSY, f"another process has been writing for {BUSY_SECONDS} s; try again", path)
-        if _is_operational(error):
-            return OSError(errno.EIO, f"cannot be read or written ({text})", path)
-        return DamagedImageError(
-            f"{path}: is damaged beyond its rows ({text}); move this file away and add its pictures (those whose id begins "
-            f"with {shard:x}) again"
-        )
-
-    def _connect(self, shard: int, create: bool) -> sqlite3.Connection | None:
-        """This thread's connection; None where there is no such file and none is to be made."""
-        where = (os.getpid(), threading.get_ident(), shard)
-        known = self._connections.get(where)
-        if known is not None:
-            return known
-        path = self.folder / _file(shard)
-        if not path.exists() and (not create or self.read_only):
-            if self.read_only and create:
-                raise sqlite3.OperationalError("attempt to write a readonly database")
-            return None
-        with self._speaking(shard):
-            db = self._open(path)
-        with self._lock:
-            self._connections[where] = db
-        return db
-
-    def _open(self, path: Path) -> sqlite3.Connection:
-        options = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False, "uri": True}
-        uri = path.absolute().as_uri()
-        if not os.access(self.folder, os.W_OK):  # no log can be made beside it: nobody writes, or somebody else
-            log = path.with_name(path.name + "-wal")
-            is_quiet = not log.exists() or not log.stat().st_size
-            db = sqlite3.connect(uri + ("?mode=ro&immutable=1" if is_quiet else "?mode=ro"), **options)  # type: ignore[call-overload]
-        else:
-            db = sqlite3.connect(uri, **options)  # type: ignore[call-overload]
-        db.text_factory = bytes  # a flipped bit may make text of anything
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA:
-            db.close()
-            raise ValueError(f"{path}: a store of schema {version}; this htc-vlm knows {SCHEMA}: install a newer one")
-        if self.read_only:
-            db.execute("PRAGMA query_only = ON")
-        else:
-            _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
-            db.execute("PRAGMA synchronous = FULL")
-            if version < SCHEMA:
-                _patiently(lambda: db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;"))
-        return db
-
-    def close(self) -> None:
-        """Close this process's connections; the write-ahead logs go into the files, so that these can be copied."""
-        with self._lock:
-            mine = {where: db for where, db in self._connections.items() if where[0] == os.getpid()}
-            self._connections = {}
-        last = {where[2]: db for where, db in mine.items()}
-        for where, db in mine.items():
-            if not self.read_only and last[where[2]] is db:
-                with suppress(sqlite3.Error):  # another process is at work, or the disk is full: the log stays, and is read
-                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            db.close()
-
-
-def _file(shard: int) -> str:
-    return f"{shard:x}.sqlite"
-
 
 def _shard_of(id: bytes) -> int:
     return id[0] >> 4
-
-
-def _is_operational(error: Exception) -> bool:
-    """Is it the disk's or another process's doing, rather than the file's content? A damaged schema is "no such column"."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return isinstance(error, sqlite3.OperationalError) if code is None else code & 0xFF in OUTSIDE
 
 
 def _as_far_as_it_goes(db: sqlite3.Connection, select: str) -> list[tuple]:
@@ -413,15 +275,3 @@ def _as_far_as_it_goes(db: sqlite3.Connection, select: str) -> list[tuple]:
     except sqlite3.DatabaseError:
         pass
     return found
-
-
-def _patiently(act: Callable[[], object]) -> None:
-    """Try again while another process makes the same file: SQLite does not wait for a change of the journal's mode."""
-    for attempt in range(200):
-        try:
-            act()
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or attempt == 199:
-                raise
-            time.sleep(0.05)

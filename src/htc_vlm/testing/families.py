@@ -143,6 +143,11 @@ def smolvlm_pictures(prompts: Sequence[Sequence[int]]) -> Inputs:
     return {"pixel_values": torch.stack([torch.cat((row, row.new_zeros(longest - len(row), 3, 24, 24))) for row in rows])}
 
 
+def smolvlm_prompt(size: int) -> list[int]:
+    """The same mark opens each tile, before the tile's name, and closes the picture."""
+    return [*([START, MARK] + [IMAGE] * 9) * TILES[size], START]
+
+
 GRIDS = [(8, 8), (4, 8), (8, 12)]  # patches; 16, 8 and 24 tokens
 
 
@@ -192,7 +197,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "llava_next": TinyFamily(make_llava_next, tiled_pictures, lambda size: plain(next_tokens(size)), 3),
     "llava_onevision": TinyFamily(make_llava_onevision, tiled_pictures, lambda size: plain(next_tokens(size)), 3),
     "internvl": TinyFamily(make_internvl, internvl_pictures, lambda size: marked(16 * TILES[size]), 3),
-    "smolvlm": TinyFamily(make_smolvlm, smolvlm_pictures, lambda size: [*([MARK] + [IMAGE] * 9) * TILES[size], MARK], 3),
+    "smolvlm": TinyFamily(make_smolvlm, smolvlm_pictures, smolvlm_prompt, 3),
     "qwen2_5_vl": TinyFamily(make_qwen2_5_vl, qwen_pictures, qwen_prompt, 3),
     "qwen3_vl": TinyFamily(make_qwen3_vl, qwen_pictures, qwen_prompt, 3),
 }

@@ -41,8 +41,8 @@ refusal, told below. This page is made by `python -m htc_vlm.testing.family_tabl
 """
 NOTES = """
 What counts as an image: all tiles of a picture, with their newlines, in LLaVA-NeXT and LLaVA-OneVision; all its tiles in
-InternVL (where `avg_pool` takes pictures of one tile); one tile in SmolVLM and Idefics3, whose prompts have marks between
-tiles; a picture at its own size in Qwen-VL. Where pictures differ in size, give a share: `budget=0.11`.
+InternVL, SmolVLM and Idefics3 (where `avg_pool` takes pictures of one tile); a picture at its own size in Qwen-VL. Where
+pictures differ in size, give a share: `budget=0.11`.
 
 Methods before the language model see the tokens that the decoder was to get; in LLaVA also the vision tower's features.
 With one axis of positions what is left is numbered anew; with M-RoPE (Qwen-VL) each token keeps its place in the picture,

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from htc_vlm.eval.task import TASKS, Item, Mark
 from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, own_marks, score_by_kind, weighted
-from htc_vlm.tiny import pictograms
+from htc_vlm.tiny import blind, pictograms
 
 N_TRAIN_SCENES = 2000  # what the blind baselines learn from, twelve questions each
 
@@ -40,5 +40,5 @@ class Pictograms:
         """Question only, majority, and what knowing which things, but not where, would give: "bag of things"."""
         scenes = pictograms.images("train")[:N_TRAIN_SCENES]
         train = [question for scene in scenes for question in pictograms.sample_questions(scene, 12, seed=0)]
-        ceiling = weighted(pictograms.ceilings(item.reference for item in items), items)
+        ceiling = weighted(blind.ceilings(item.reference for item in items), items)
         return blind_baselines(train, items) | {"bag of things": ceiling}
