@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test study slow page wheel docs check table clean wheel
+.PHONY: help demo test study slow page wheel docs check table clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -58,8 +58,7 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 table: $(READY)
-	$(BIN)/python -m study.page
-	$(BIN)/python -m study.readme
+	$(BIN)/python -m study.pages
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from study.generated import ROOT, check_or_write, with_blocks
+
 RESULTS = ROOT / "study" / "results" / "methods"
 PAGE = ROOT / "docs" / "methods.md"
 SLOWER = 1.10  # times what its FLOPs promise: worth a word in the page
@@ -63,30 +61,10 @@ def times() -> str:
 BLOCKS = {"times": times}
 
 
-def rebuilt(text: str) -> str:
-    """The page with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{PAGE.name} has no block <!-- {name} --> ... <!-- /{name} -->")
-        content = make()
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
-    return text
-
-
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true")
-    is_check = arguments.parse_args().check
-    old = PAGE.read_text()
-    new = rebuilt(old)
-    if is_check:
-        if new != old:
-            print("docs/methods.md differs from study/results/methods; run python -m study.methods", file=sys.stderr)
-        return int(new != old)
-    PAGE.write_text(new)
-    return 0
+def files() -> dict[Path, str]:
+    """docs/methods.md, its tables made anew."""
+    return with_blocks(PAGE, BLOCKS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(check_or_write(files, __doc__))

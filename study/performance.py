@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.ops.cost import LLAMA_7B, cache_bytes, fast_compress_flops, prefill_flops
+from study.generated import ROOT, check_or_write, with_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from real_size.floors import Ceilings, Work
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "study" / "results" / "real_size"
 PAGE = ROOT / "docs" / "performance.md"
 TARGETS = {  # ratio: (what it says, target on one H100)
@@ -229,29 +228,10 @@ TABLES = (compress_table, shares_table, first_token_table, generate_table, decod
 BLOCKS = {"ratios": ratios, "by-batch": by_batch, "expected": expected, "devices": devices}
 
 
-def rebuilt(text: str) -> str:
-    """The page with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{PAGE.name} has no block <!-- {name} --> ... <!-- /{name} -->")
-        content = make()
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
-    return text
-
-
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--check", action="store_true")
-    old = PAGE.read_text()
-    new = rebuilt(old)
-    if arguments.parse_args().check:
-        if new != old:
-            print("docs/performance.md differs from study/results/real_size; run python -m study.performance", file=sys.stderr)
-        return int(new != old)
-    PAGE.write_text(new)
-    return 0
+def files() -> dict[Path, str]:
+    """docs/performance.md, its tables made anew."""
+    return with_blocks(PAGE, BLOCKS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(check_or_write(files, __doc__))

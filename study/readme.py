@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from htc_vlm import compressors
+from study.generated import ROOT, check_or_write, with_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "study" / "results" / "tiny"
 # Model -> its name in the table, in order; those without results are left out.
 MODELS = {
@@ -89,31 +86,10 @@ def methods() -> str:
 BLOCKS = {"results": results, "methods": methods}
 
 
-def rebuilt(text: str) -> str:
-    """README text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
-        content = make()
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
-    return text
-
-
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--check", action="store_true", help="say whether README.md is up to date; write nothing")
-    check = arguments.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = rebuilt(old)
-    if check:
-        if new != old:
-            print("README.md differs from study/results or the registry; run python -m study.readme", file=sys.stderr)
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+def files() -> dict[Path, str]:
+    """README.md, its tables made anew."""
+    return with_blocks(ROOT / "README.md", BLOCKS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(check_or_write(files, __doc__))

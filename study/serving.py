@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from study.generated import ROOT, check_or_write, with_blocks
+
 RESULT = ROOT / "study" / "results" / "serve" / "cpu.json"
 PAGE = ROOT / "docs" / "serving.md"
 WAYS = {
@@ -53,30 +51,13 @@ def soaked(soak: dict[str, Any]) -> str:
     )
 
 
-def rebuilt(page: str) -> str:
-    """The page with the text between the markers made anew."""
-    new, n = re.subn(
-        r"(<!-- measured -->\n).*?(<!-- /measured -->)",
-        lambda match: match[1] + block(json.loads(RESULT.read_text())) + "\n" + match[2], page, flags=re.S,
-    )  # fmt: skip
-    if n != 1:
-        raise ValueError(f"{PAGE.name} needs one block <!-- measured --> ... <!-- /measured -->")
-    return new
+BLOCKS = {"measured": lambda: block(json.loads(RESULT.read_text(encoding="utf-8")))}
 
 
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--check", action="store_true")
-    options = arguments.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    new = rebuilt(old)
-    if options.check:
-        if new != old:
-            print("docs/serving.md differs from study/results/serve; run python -m study.serving", file=sys.stderr)
-        return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+def files() -> dict[Path, str]:
+    """docs/serving.md, its measured block made anew."""
+    return with_blocks(PAGE, BLOCKS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(check_or_write(files, __doc__))

@@ -1,4 +1,7 @@
-"""Writes what the trials of the store gave into docs/store.md, between its marks."""
+"""Rebuild the block of docs/store.md that says what the store's trials gave, from study/results/store; --check only compares.
+
+    python -m study.store_page [--check]
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- trials -->", "<!-- /trials -->"
-
-
-def write(page: Path, results: Path) -> None:
-    """Replace what stands between the marks by what the result files say; trials without a file are left out."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2] if END in rest else rest
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
-    parts = "\n\n".join(make(found[name]) for name, make in PARTS.items() if name in found)
-    page.write_text(f"{before}{BEGIN}\n{parts}\n{END}{after}", encoding="utf-8")
+from study.generated import ROOT, check_or_write, with_blocks
 
 
 def dtypes(result: dict[str, Any]) -> str:
@@ -99,3 +92,22 @@ def ray(result: dict[str, Any]) -> str:
 PARTS = {
     "dtypes": dtypes, "entries": entries, "kill": kill, "damage": damage, "batch": batch, "memory": memory, "ray": ray,
 }  # fmt: skip
+RESULTS = ROOT / "study" / "results" / "store"
+
+
+def trials() -> str:
+    """What the result files say; trials without a file are left out."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    return "\n\n".join(make(found[name]) for name, make in PARTS.items() if name in found)
+
+
+BLOCKS = {"trials": trials}
+
+
+def files() -> dict[Path, str]:
+    """docs/store.md, its trials made anew."""
+    return with_blocks(ROOT / "docs" / "store.md", BLOCKS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(check_or_write(files, __doc__))

@@ -10,19 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
 from htc_vlm.model.add_compressor import meta_model
 from htc_vlm.ops.cost import DecoderShape
-
-ROOT = Path(__file__).resolve().parents[2]
-PRESET_7B = ROOT / "src" / "htc_vlm" / "train" / "presets" / "llava-1.5-7b.yaml"
+from htc_vlm.train import presets
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
 def config_of(shape: Shape) -> HtcVlmConfig:
     """The model's configuration: HTC with 4 anchors and 1 bottleneck token."""
     if shape.name == "7b":
-        return meta_model(yaml.safe_load(PRESET_7B.read_text())).config
+        return meta_model(presets.read(presets.find("llava-1.5-7b"))).config
     sizes = {part: dict(_SMALLER[shape.name][part]) for part in ("vision", "text")}
     for part in sizes.values():
         part |= {"num_hidden_layers": part.pop("layers"), "num_attention_heads": part.pop("heads")}

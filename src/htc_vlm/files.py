@@ -20,8 +20,10 @@ from typing import Any
 
 MAKER = "htc-vlm"  # PNG: the tEXt chunk Software; JSON: the key made_by; safetensors: how the metadata's format begins
 FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")  # what matplotlib writes
-# Endings of pictures: those we read, and those we refuse by name.
-PICTURES = frozenset(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .heic .svg .mpo .jp2 .qoi .ico".split())
+# Endings of pictures: those we read, and those (.heic, .heif, .svg) that are refused by name.
+PICTURES = frozenset(
+    ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .heic .heif .svg .mpo .jp2 .qoi .ico".split()
+)
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 _HEAD_BYTES = 65536
 

@@ -15,17 +15,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a path (default: tiny)")
     arguments.add_argument("--output", type=Path, default=RESULTS, help=f"folder of the result files (default: {RESULTS})")
-    arguments.add_argument("--page", type=Path, metavar="PAGE.md", help="only write the results into this page")
     return arguments
 
 
 def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
-    if options.page is not None:
-        from study.store_page import write
-
-        write(options.page, options.output)
-        return 0
     unknown = set(options.names) - set(NAMES)
     if unknown:
         raise ValueError(f"unknown trials: {', '.join(sorted(unknown))}; known: {', '.join(NAMES)}")

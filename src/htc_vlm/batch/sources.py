@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.store.pictures import SUFFIXES, paths_of
+from htc_vlm.files import PICTURES
+from htc_vlm.store.pictures import paths_of
 
 IMAGE_COLUMNS = ("image", "picture", "jpg", "png", "bytes", "content", "image_bytes")
 PATH_COLUMNS = ("path", "file", "file_name", "image_path")
@@ -64,7 +65,7 @@ def refs_of(source: str) -> list[Ref]:
     path = Path(source)
     refs = list(_refs_in(path)) if path.is_dir() else [ref for one in paths_of(source) for ref in _refs_of_file(one)]
     if not refs:
-        raise ValueError(f"{source}: no pictures there (looked for {', '.join(sorted(SUFFIXES))}, .tar and .parquet)")
+        raise ValueError(f"{source}: no pictures there (looked for {', '.join(sorted(PICTURES))}, .tar and .parquet)")
     seen: set[str] = set()
     for ref in refs:
         if ref.name in seen:
@@ -76,7 +77,7 @@ def refs_of(source: str) -> list[Ref]:
 def _refs_in(folder: Path) -> Iterator[Ref]:
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and file.is_file() and file.suffix.lower() in (*SUFFIXES, ".tar", ".parquet"):
+        if not hidden and file.is_file() and file.suffix.lower() in (*PICTURES, ".tar", ".parquet"):
             yield from _refs_of_file(file)
 
 
@@ -111,7 +112,7 @@ def _refs_in_tar(path: Path) -> Iterator[Ref]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
                     yield Ref(printable(f"{path}/{member.name}"), "tar", str(path), member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(

@@ -33,12 +33,26 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _portable(word: str) -> str:
+    """An absolute path as one from the working directory, or by its last two parts: results are shared, folders are not.
+
+    >>> _portable("--limit=20"), _portable("/home/me/runs/tiny/model"), _portable(str(Path.cwd() / "runs"))
+    ('--limit=20', '.../tiny/model', 'runs')
+    """
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    inside = path.is_relative_to(Path.cwd())
+    return option + equals + str(path.relative_to(Path.cwd()) if inside else Path("...", *path.parts[-2:]))
+
+
 def provenance() -> dict[str, Any]:
     """commit and dirty (None outside a git checkout, and without git; untracked files do not count), command, versions."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }

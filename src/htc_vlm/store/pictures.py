@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
+from htc_vlm.files import PICTURES
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
-SUFFIXES = frozenset(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2 .qoi .ico .mpo .heic .heif".split())
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def paths_of(given: str | os.PathLike[str]) -> list[Path]:
     """
     path = Path(given)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
         if not found:
-            raise ValueError(f"{path}: no pictures in this folder (looked for {', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{path}: no pictures in this folder (looked for {', '.join(sorted(PICTURES))})")
         return found
     if not path.exists() and glob.has_magic(str(given)):
         matches = [Path(one) for one in sorted(glob.glob(str(given), recursive=True)) if Path(one).is_file()]
