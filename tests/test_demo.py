@@ -50,9 +50,9 @@ def test_the_right_answers_are_those_of_the_scenes(demo: ModuleType) -> None:
             assert answer == true, question
 
 
-def test_four_of_five_answers_are_right_for_seen_vendors_and_seven_of_ten_in_all(demo: ModuleType) -> None:
-    """A first impression of a model that guesses. The scenes were fixed before training; `tiny-upper` has nine right."""
+def test_all_answers_are_right_for_seen_vendors_and_nine_of_ten_in_all(demo: ModuleType) -> None:
+    """A first impression of a model that guesses. The scenes were fixed before training."""
     seen, unseen = demo.answers(Answerer(*load("tiny"))).values()
     assert len(seen) == len(unseen) == 5
-    assert sum(is_right for _, _, is_right in seen) >= 4, seen
-    assert sum(is_right for _, _, is_right in [*seen, *unseen]) >= 7, unseen
+    assert sum(is_right for _, _, is_right in seen) >= 5, seen
+    assert sum(is_right for _, _, is_right in [*seen, *unseen]) >= 9, unseen
