@@ -221,10 +221,3 @@ def keeps_bottleneck(folder: Path) -> bool:
         return False
     return bool(compressors.build(**HtcVlmConfig.from_pretrained(folder).compressor).n_bottleneck)
 
-
-def is_ready(settings: Settings) -> Path:
-    """The checkpoint's folder. ValueError, before anything is loaded, for one whose images cannot be kept so."""
-    folder = find(settings.model)
-    if settings.maps and not keeps_bottleneck(folder):
-        raise ValueError(f"maps are of what a bottleneck looked at, which model {settings.model!r} does not have")
-    return folder
