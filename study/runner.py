@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -33,7 +34,9 @@ from htc_vlm.train import presets
 from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
 from htc_vlm.train.setup import train_stage
 from study import answers, evaluating
-from study.jobs import Job, Study, needs_quantizer, quantizer_of, stage_preset, task_sets
+from study.fast_trainer import train as fast_trainer
+from study.fast_trainer.state import METRICS, finished
+from study.jobs import Job, Study, fast_run, needs_quantizer, quantizer_of, stage_preset, task_sets
 
 
 def is_trained(folder: Path, steps: int) -> bool:
@@ -72,7 +75,7 @@ def prepare(jobs: Sequence[Job], study: Study) -> None:
             evaluating.with_baselines(tests, study.results)
             evaluating.features_of(tests, model.model.vision_tower, study.cache)
             evaluating.codes_of_tasks(tests, model, study.cache)
-        if job.experiment.stage is not None:
+        if job.experiment.stage is not None:  # the fast trainer fills its own
             _fill_training(job, model, study)
 
 
@@ -124,8 +127,8 @@ def run_job(job: Job, study: Study, command: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", {"config": job.config})
     training = None
-    if job.experiment.stage is not None:
-        training = train(job, study)
+    if job.experiment.is_trained:
+        training = train(job, study) if job.experiment.run is None else train_fast(job, study)
     measured = {"metrics": {}, "impossible": job.impossible} if job.impossible else evaluate(job, study)
     seconds = measured.get("evaluation_seconds", 0.0) + (training or {"seconds": 0.0})["seconds"]
     result = {
@@ -141,6 +144,8 @@ def run_job(job: Job, study: Study, command: str) -> dict[str, Any]:
         "command": command,
     }
     job.result_file(study).parent.mkdir(parents=True, exist_ok=True)
+    if job.experiment.run is not None:
+        shutil.copyfile(folder / "train" / METRICS, job.result_file(study).with_suffix(".jsonl"))
     write_json(job.result_file(study), result)
     return result
 
@@ -171,10 +176,19 @@ def train(job: Job, study: Study) -> dict[str, Any]:
     }
 
 
+def train_fast(job: Job, study: Study) -> dict[str, Any]:
+    """As `train`, by study/fast_trainer."""
+    folder, run = job.folder(study) / "train", fast_run(job.experiment, job.seed)
+    report = finished(folder, run) or fast_trainer.train(run, folder, study.cache, study.data, resume=True)
+    note = report["settings"]["note"]
+    kept = {name: report[name] for name in ("steps", "seconds", "images_per_second", "loss")}
+    return {**kept, "note": note} if note else kept
+
+
 def load_trained(job: Job, study: Study) -> tuple[Any, Any]:
     """(model, processor) to evaluate, on the study's device."""
     experiment = job.experiment
-    if experiment.stage is not None:
+    if experiment.is_trained:
         model, processor = load(job.folder(study) / "train" / "model")
     elif needs_quantizer(experiment.compressor):
         mgvq = quantizer_of(str(experiment.mgvq), study.work)
