@@ -154,7 +154,7 @@ class CompressAndAsk:
         for start in range(0, len(pairs), ASK_AT_ONCE):
             part = slice(start, start + ASK_AT_ONCE)
             texts = [question for _, question in pairs[part]]
-            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)  # type: ignore[arg-type]
+            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)
         given = iter(answers)
         rows: list[tuple[Any, ...]] = []
         for i, error in enumerate(errors):
