@@ -7,6 +7,7 @@ Differs: nothing is loaded half: a missing or unexpected weight is an error that
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from htc_vlm.quantizers.mgvq import MGVQ
 
 BOTTLENECK_TOKEN = "<voco>"
 QUANTIZER = "model.compressor.quantizer."
+LLAVA_TYPES = ("llava", "htc_vlm")
 NO_QUANTIZER = "this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)"
 # Sizes of the checkpoints that presets may name as `base`, from their config.json.
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
@@ -67,22 +69,30 @@ def with_compressor(
     dtype: torch.dtype | str = "auto",
     allow_untrained_quantizer: bool = False,
     vision: str | os.PathLike[str] | None = None,
-) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+) -> tuple[Any, Any]:
     """A LLaVA checkpoint (ours, Hugging Face's or the original) with another compressor: where the compress stage starts.
+    Checkpoints of other families (`bottlenecks.STOCK`) get a bottleneck, see `add_to_family.with_bottleneck`.
 
     mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless
     the checkpoint already holds one of the same shape. vision: a CLIP folder, for original checkpoints without their
     vision tower. Raises ValueError for weights that do not fit.
     """
+    kind = family_type(path)
+    if kind is not None:
+        from htc_vlm.model.add_to_family import with_bottleneck
+
+        if vision is not None:
+            raise ValueError(f"{path}: a {kind} checkpoint has its own vision tower; leave out --vision")
+        return with_bottleneck(path, kind, compressor, mgvq, dtype, allow_untrained_quantizer)
     base = _read_base(path, compressor, vision)
     if mgvq is None and not allow_untrained_quantizer:
         _refuse_missing_quantizer(base)
-    with without_load_report():  # _check_fit says what is missing
+    with without_load_report():  # check_fit says what is missing
         model, info = HtcVlmForConditionalGeneration.from_pretrained(
             base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    _check_fit(path, info)
+    check_fit(path, info)
     check_defaults(model.generation_config, path)
     check_decoder(model)
     if base.state is not None:  # the original's generate never meets <image>; ours could write it
@@ -101,6 +111,13 @@ def with_compressor(
         processor.set_style(VICUNA_V1)
     model.image_processor = processor.image_processor
     return model, processor
+
+
+def family_type(path: str | os.PathLike[str]) -> str | None:
+    """The model type of a checkpoint of another family than LLaVA; None for LLaVA's, and where there is no config.json."""
+    file = Path(path) / "config.json"
+    kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type")) if file.is_file() else "llava"
+    return None if kind in LLAVA_TYPES or is_original_layout(path) else kind
 
 
 def _refuse_missing_quantizer(base: _Base) -> None:
@@ -149,7 +166,7 @@ def _read_base(
     return _Base(path, None, config, processor.tokenizer, processor.image_processor, options)
 
 
-def _check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+def check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
     """ValueError, naming some, unless every weight outside the compressor was found in its right size."""
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("model.compressor."))
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("model.compressor."))
