@@ -23,7 +23,6 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
 
-
 OURS = "htc_vlm_"  # begins the model types of families with a bottleneck
 
 
@@ -64,7 +63,7 @@ class Family:
         return None
 
     def size_of(self, number: int, images: Mapping[str, Any]) -> tuple[int, ...]:
-        """What decides the positions of a picture's tokens, beside their number. images: the arguments of get_image_features."""
+        """What decides the positions of a picture's tokens, beside their number. images: what get_image_features is given."""
         return ()
 
     def positions_of(self, size: tuple[int, ...]) -> Tensor | None:

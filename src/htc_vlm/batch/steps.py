@@ -21,9 +21,9 @@ from htc_vlm import compressors
 from htc_vlm.batch.sources import Ref
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
 from htc_vlm.model import bottlenecks
+from htc_vlm.model.add_compressor import LLAVA_TYPES
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.add_compressor import LLAVA_TYPES
 from htc_vlm.model.loading import find, load, load_processor, model_type, to_device
 from htc_vlm.model.prefix_cache import own_bottleneck
 from htc_vlm.model.stock_answering import StockAnswerer
@@ -54,8 +54,8 @@ class Settings:
 class Decode:
     """Columns of `Ref` -> path, id, asked, error, is_new and pixels (n, 3, height, width) float32.
 
-    Broken pictures come with their error; those that the store has are not decoded. Of a model that is no LLaVA with a bottleneck,
-    whose processor makes of each picture what it likes, `content` are the files as they are, instead of pixels.
+    Broken pictures come with their error; those that the store has are not decoded. Of a model that is no LLaVA with a
+    bottleneck, whose processor makes of each picture what it likes, `content` are the files as they are, instead of pixels.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -17,7 +17,8 @@ from htc_vlm.settings import from_pairs
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog="htc-vlm convert", description=run.__doc__)
-    arguments.add_argument("llava", type=Path, help="folder of a Hugging Face LLaVA, an original LLaVA-1.5, another family (docs/families.md), or ours")
+    told = "folder of a Hugging Face LLaVA, an original LLaVA-1.5, another family (docs/families.md), or ours"
+    arguments.add_argument("llava", type=Path, metavar="MODEL", help=told)
     arguments.add_argument("--compressor", default="htc", help="name of the method (default: htc)")
     arguments.add_argument("--mgvq", type=Path, help="weights of the quantizer: an official file, or our folder")
     arguments.add_argument("--vision", type=Path, help="CLIP folder, for original checkpoints without a vision tower")

@@ -31,8 +31,9 @@ class AskLike(Protocol):
 
 
 class Answerer:
-    """Greedy answers of a LLaVA, or of another family with a bottleneck of its own (bottlenecks.py). Pictures are encoded once (compressed where the model can) and shared by their questions.
+    """Greedy answers of a LLaVA, or of another family with a bottleneck of its own (bottlenecks.py).
 
+    Pictures are encoded once (compressed where the model can) and shared by their questions.
     cache: "dynamic" or "static", for answers from compressed pictures: see `generate`'s cache_implementation.
     keep_pixels: give the model pixels with every question, as applied methods that act in the vision tower need.
     """

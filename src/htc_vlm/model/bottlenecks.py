@@ -371,6 +371,12 @@ class WritesBottlenecks(AsksQuestions):
         """As most processors'; SmolVLM's asks a video processor, which is not there."""
         return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
 
+    @classmethod
+    def validate_init_kwargs(cls, processor_config: Any, valid_kwargs: Any) -> Any:
+        """As transformers', which reads names from the code of __init__ where ours are in its signature."""
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        return super().validate_init_kwargs(processor_config=processor_config, valid_kwargs=names)  # type: ignore[misc]
+
     def fitted_to(self, config: Any) -> Any:
         """The same processor, for the compressor of a model on the same tokenizer. ValueError for another tokenizer."""
         self.compressor = dict(config.compressor)

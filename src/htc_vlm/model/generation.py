@@ -229,6 +229,7 @@ class GeneratesOverKv(GenerationMixin):
         self._need_bottleneck()
         compressed.check_made_by(self.recipe().digest)
         compressor, decoder = self._compressor, self.get_decoder()
+        mark = compressing.bottleneck_id(self.config, compressor)
         placed = place(
             input_ids,
             attention_mask,
@@ -237,7 +238,7 @@ class GeneratesOverKv(GenerationMixin):
             n_entries=compressed.n_bottleneck,
             image_costs=compressed.n_visual if compressor.positions == "sequential" else [0] * len(compressed),
             image_token_id=self.config.image_token_id,
-            bottleneck_token_id=compressing.bottleneck_id(self.config, compressor),
+            bottleneck_token_id=mark,
         )
         check_movable(compressor.name, decoder, int(placed.text_position.max()) + 1)
         keys, values = self._gather_cells(placed, compressed)
@@ -250,9 +251,7 @@ class GeneratesOverKv(GenerationMixin):
             n_entries = max(n_cells + placed.text_ids.shape[1] + reserve.n_new, reserve.n_least)
             cache = hf_compat.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)
         out = {
-            "input_ids": torch.cat(
-                (placed.text_ids.new_full((batch, n_cells), compressing.bottleneck_id(self.config, compressor)), placed.text_ids), 1
-            ),
+            "input_ids": torch.cat((placed.text_ids.new_full((batch, n_cells), mark), placed.text_ids), 1),
             "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
             "position_ids": placed.text_position,
             "past_key_values": cache,
