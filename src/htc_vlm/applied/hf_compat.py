@@ -6,7 +6,6 @@ Differs: nothing is patched: masks go in ready-made, caches are built from tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -182,11 +181,10 @@ def compute_dtype(module: nn.Module, other: torch.dtype) -> torch.dtype:
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), other)
 
 
-def in_unit_range(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised pixels (B, 3, height, width) -> in [0, 1]."""
-    shape, device = (1, -1, 1, 1), pixel_values.device
-    back = pixel_values.float() * torch.tensor(std, device=device).view(shape) + torch.tensor(mean, device=device).view(shape)
-    return back.clamp(0, 1)
+def in_unit_range(pixel_values: Tensor, config: Any) -> Tensor:
+    """Pixels (B, 3, height, width), normalised as config.image_mean and image_std say -> in [0, 1]."""
+    mean, std = (torch.tensor(one, device=pixel_values.device) for one in (config.image_mean, config.image_std))
+    return (pixel_values.float() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)).clamp(0, 1)
 
 
 NO_CLASS_TOKEN = ("efficientnet_lite", "siglip_vision_model")  # towers whose features are patches and nothing else

@@ -113,7 +113,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
 
     def denormalise(self, pixel_values: Tensor) -> Tensor:
         """pixel_values -> (B, 3, height, width) in [0, 1]."""
-        return hf_compat.in_unit_range(pixel_values, self.config.image_mean, self.config.image_std)
+        return hf_compat.in_unit_range(pixel_values, self.config)
 
     # ---------------------------------------------------------------- one pass
     def forward(

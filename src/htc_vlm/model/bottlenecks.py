@@ -69,10 +69,6 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         text = config.get_text_config()
         return Sizes(0, text.hidden_size, text.hidden_size, text.initializer_range, n_kv_heads=text.num_key_value_heads)
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As transformers', under the names in memory."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
     # ---------------------------------------------------------------- images
     def image_groups(
         self,
@@ -126,17 +122,18 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         for number, (tokens, size) in enumerate(zip(patches, sizes, strict=True)):
             members.setdefault((len(tokens), *size), []).append(number)
         method, groups = self._compressor, []
-        for (n_patches, *size), numbers in members.items():
+        for key, numbers in members.items():
+            n_patches, size = key[0], key[1:]
             seen = None if pixels is None else torch.stack([pixels[n] for n in numbers])
             given = ImageFeatures(
                 features=torch.stack([patches[n] for n in numbers]),
                 project=nn.Identity(),
-                pixels=None if seen is None else hf_compat.in_unit_range(seen, self.config.image_mean, self.config.image_std),
+                pixels=None if seen is None else hf_compat.in_unit_range(seen, self.config),
             )
             visual, promised = method.before_llm(given), method.n_visual(n_patches)
             if visual.shape[1] != promised:
                 raise ValueError(f"{method.name} promised {promised} visual tokens and gave {visual.shape[1]}")
-            positions = family_of(self).positions_of(tuple(size))
+            positions = family_of(self).positions_of(size)
             if positions is not None:
                 positions = with_anchors(positions, method).to(visual.device)
             groups.append(Group(numbers, visual, positions))
@@ -346,7 +343,7 @@ class WritesBottlenecks(AsksQuestions):
     def _marked(self, image: str) -> str:
         """Between the marks that the family writes around a whole picture, if it does."""
         if hasattr(self, "start_image_token"):  # InternVL
-            return f"{self.start_image_token}{image}{self.end_image_token}"
+            return f"{self.start_image_token}{image}{self.end_image_token}"  # type: ignore[attr-defined]
         if hasattr(self, "fake_image_token"):  # SmolVLM, Idefics3
             whole = getattr(self, "global_image_token", None) or self.global_image_tag  # type: ignore[attr-defined]
             return f"{self.fake_image_token}{whole}{image}{self.fake_image_token}"
@@ -367,7 +364,12 @@ class WritesBottlenecks(AsksQuestions):
         out["image_lengths"] = torch.tensor(lengths) if kwargs.get("return_tensors") == "pt" else lengths
         return out
 
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+    def for_training(self, pictures: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
+        inputs, method = dict(self(images=list(pictures), return_tensors="pt")), self._method
+        visual = [self.image_token * (n + extra_tokens(method)) for n in inputs["image_lengths"].tolist()]
+        return [self._marked(one + super(WritesBottlenecks, self).bottleneck_text()) for one in visual], inputs
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As most processors'; SmolVLM's asks a video processor, which is not there."""
         return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
 

@@ -56,9 +56,10 @@ class HoldsCompressor:
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names. Generation
         defaults that are ignored are left out (they would be refused), and files are readable as the umask says."""
-        if self.can_generate():
-            drop_ignored(self.generation_config)
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        model: Any = self
+        if model.can_generate():
+            drop_ignored(model.generation_config)
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
         folder = Path(kwargs["save_directory"] if "save_directory" in kwargs else args[0])
         if folder.is_dir():
             open_to_umask(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class AsksQuestions:
     them. The processor has `n_bottleneck`, `bottleneck_token` and `prompt_style`."""
 
     tokenizer: Any
+    image_processor: Any
+    apply_chat_template: Callable[..., Any]
     image_token: str
     chat_template: Any
     n_bottleneck: int
@@ -47,11 +49,19 @@ class AsksQuestions:
         """The style that the chat template is made of: the saved one, or a named one; None where a template of another
         kind (a stock checkpoint's, or one that was set by hand) says how questions are written."""
         saved = [] if self.prompt_style is None else [PromptStyle.from_dict(self.prompt_style)]
-        return next((one for one in (*saved, *STYLES.values()) if one.chat_template() == self.chat_template), None)
+        return next((one for one in (*saved, *STYLES.values()) if self._template(one) == self.chat_template), None)
 
     def set_style(self, style: PromptStyle) -> None:
         """Write questions in this style from now on; it is saved with the processor."""
-        self.prompt_style, self.chat_template = style.to_dict(), style.chat_template()
+        self.prompt_style, self.chat_template = style.to_dict(), self._template(style)
+
+    def _template(self, style: PromptStyle) -> str:
+        return style.chat_template().replace(IMAGE, self.image_token)
+
+    def for_training(self, pictures: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
+        """What stands for each picture in a text, and the model's inputs of them."""
+        pixels = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return [self.image_text()] * len(pictures), {"pixel_values": pixels}
 
     def question_ids(
         self,
