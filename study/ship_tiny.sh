@@ -14,5 +14,4 @@ ask 0 &
 ask 1,2,3
 wait %1
 python -m study ship-tiny "$name" --collect --data "$DATA" --work "$work"
-python -m study.page
-python -m study.readme
+python -m study.pages
