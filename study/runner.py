@@ -14,8 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from htc_vlm.files import write_json
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import find, load
-from htc_vlm.tiny.features import FeatureCache, fill, meta_for
-from htc_vlm.tiny.packed import codes_of
+from htc_vlm.tiny.features import FeatureCache
 from htc_vlm.tokens import equivalent_tokens
 from htc_vlm.train import presets
-from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
+from htc_vlm.train.packed_data import open_sources
 from htc_vlm.train.setup import train_stage
 from study import answers, evaluating
 from study.fast_trainer import train as fast_trainer
@@ -92,31 +90,10 @@ def starting_model(job: Job, study: Study) -> tuple[Any, Any]:
 
 
 def _fill_training(job: Job, model: Any, study: Study) -> None:
-    """The caches that train/packed_data.py would fill on the CPU, filled on the study's device, under the same names."""
-    tower = model.model.vision_tower
-    for options in stage_preset(job.experiment, job.seed)["data"]:
-        part = presets.DataPart(**options)
-        module = presets.task_module(part.task)
-        ids = module.images("train")[: part.images]
-        if part.json or len(ids) < part.images or part.images < 1:
-            continue  # train_stage says what is wrong
-        cache = FeatureCache(study.cache / f"{part.task}-train", meta_for(tower, part.images, CODE_PICTURE_SIZE))
-        if cache.missing():
-            print(f"{part.task}: the tower's features of {len(cache.missing())} training pictures", flush=True)
-            fill(cache, tower, partial(_picture, module, ids))
-        if needs_quantizer(job.experiment.compressor):
-            compressor = model.model.compressor
-            file = study.cache / f"{part.task}-codes-{code_key(compressor)}.npy"
-            codes_of(cache, partial(_encode, compressor, study.device), file)
-
-
-def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
-    return module.picture(ids[number])
-
-
-def _encode(compressor: Any, device: str, pixels: torch.Tensor) -> torch.Tensor:
-    code: torch.Tensor = compressor.encode(pixels.to(device)).cpu()
-    return code
+    """The caches that training would fill on the CPU, filled on the study's device."""
+    preset = stage_preset(job.experiment, job.seed)
+    with suppress(ValueError):  # train_stage says what is wrong with the data
+        open_sources(preset, model, study.cache, {part["task"]: [] for part in preset["data"]})
 
 
 # ------------------------------------------------------------------------------------------------ run
