@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from htc_vlm import compressors
 from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
-from htc_vlm.convert.mgvq import mgvq_state_dict
 from htc_vlm.data.prompts import VICUNA_V1
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
@@ -30,7 +28,6 @@ from htc_vlm.model.load_report import holds_weights, without_load_report
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
-from htc_vlm.quantizers.mgvq import MGVQ
 
 BOTTLENECK_TOKEN = "<voco>"
 QUANTIZER = "model.compressor.quantizer."
@@ -57,7 +54,6 @@ __all__ = [
     "is_original_layout",
     "llava_state_dict",
     "meta_model",
-    "mgvq_state_dict",
     "with_compressor",
 ]
 
@@ -101,7 +97,7 @@ def with_compressor(
         add_bottleneck_token(model, base.tokenizer)
     quantizer = [name for name in info["missing_keys"] if name.startswith(QUANTIZER)]
     if mgvq is not None:
-        load_mgvq(model, mgvq)
+        load_quantizer(model, mgvq)
     elif quantizer and not allow_untrained_quantizer:
         raise ValueError(NO_QUANTIZER)
     processor = HtcVlmProcessor.for_config(
@@ -223,10 +219,10 @@ def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) 
     return token_id
 
 
-def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
-    """Load a quantizer's encoder and codebooks (an MGVQ.save folder, or an official .pt/.safetensors file); strict."""
+def load_quantizer(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
+    """Load the weights that the compressor's quantizer reads from a file or folder (`Quantizer.read_weights`); strict."""
     quantizer: Any = model.model.compressor.quantizer
-    state = read_mgvq(path) if isinstance(quantizer, MGVQ) else quantizer.read_weights(Path(path))
+    state = quantizer.read_weights(Path(path))
     wanted = quantizer.state_dict()
     kept = {name: value for name, value in state.items() if not name.startswith(("decoder.", "post_quant_conv."))}
     wrong = sorted(set(wanted) ^ set(kept)) + [n for n in wanted if n in kept and wanted[n].shape != kept[n].shape]
@@ -235,17 +231,3 @@ def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str
             f"{path}: not the quantizer that this compressor was configured for; first difference: {wrong[0]}"
         )
     quantizer.load_state_dict(kept)
-
-
-def read_mgvq(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Our own folder or file as it is; official files renamed."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no MGVQ weights there (a folder written by MGVQ.save, or an official file)")
-    state = (
-        load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    )
-    ours = any(name.startswith("quantizer.") for name in state)
-    return dict(state) if ours else mgvq_state_dict(state)
