@@ -11,8 +11,8 @@ import pytest
 
 from htc_vlm.eval.answers import AnswersError
 from htc_vlm.eval.run import Ask, rescore, run_task
+from tests import processes
 
-from .. import processes
 from .conftest import Colours, FakeAnswerer
 
 
