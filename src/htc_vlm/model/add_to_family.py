@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from htc_vlm.model.add_compressor import NO_QUANTIZER, QUANTIZER, add_bottleneck_token, check_fit, load_mgvq
+from htc_vlm.model.add_compressor import NO_QUANTIZER, QUANTIZER, add_bottleneck_token, check_fit, load_quantizer
 from htc_vlm.model.bottlenecks import check_method, classes_of, is_ours
 from htc_vlm.model.configuration import check_settings
 from htc_vlm.model.generation_defaults import check_defaults
@@ -58,7 +58,7 @@ def with_bottleneck(
     check_decoder(model)
     add_bottleneck_token(model, processor.tokenizer)
     if mgvq is not None:
-        load_mgvq(model, mgvq)
+        load_quantizer(model, mgvq)
     processor.fitted_to(model.config)
     model.image_processor = processor.image_processor
     return model, processor

@@ -13,7 +13,7 @@ import torch
 
 from htc_vlm.applied.apply import apply
 from htc_vlm.applied.families import family_class
-from htc_vlm.compressors import COMPRESSORS
+from htc_vlm.compressors import COMPRESSORS, AppliedOnly, Compressor
 from htc_vlm.testing import tiny_llava
 from htc_vlm.testing.families import (
     FAMILIES,
@@ -47,10 +47,10 @@ TITLES = {
 }  # fmt: skip
 HEAD = """# Methods and families
 
-Which method `htc_vlm.apply` runs on which family of vision-language models. Each "works" is tried on a tiny random
-model of that family when this page is made; `tests/applied/test_families.py` holds what must be true of it (keeping all
-tokens is the stock model bit for bit, cached is recomputed, a ragged left-padded batch is its rows). A number is a
-refusal, told below. This page is made by `python -m htc_vlm.testing.family_table docs/families.md`; a test compares it.
+After this page you know which method runs on which family of vision-language models, and why others do not. Each "works" is
+tried on a tiny random model of that family when `make table` makes this page; `tests/applied/test_families.py` holds what
+must be true of it: keeping all tokens is the stock model bit for bit, cached is recomputed, a ragged left-padded batch is its
+rows. A number is a refusal, told below.
 
 """
 NOTES = """
@@ -100,6 +100,23 @@ maps of where the bottleneck looked, `channels: discrete` and Qwen3-VL.
 """
 
 
+def applied_methods() -> dict[str, tuple[str, dict[str, Any]]]:
+    """METHODS, and every other registered method that needs no weights, with the last of its EXAMPLES."""
+    known = {name for name, _ in METHODS.values()} | set(bottlenecks()) | {"none"}
+    others = {name: COMPRESSORS.get(name) for name in COMPRESSORS.own_names() if name not in known}
+    without_weights = (Compressor.setup, AppliedOnly.setup)
+    return METHODS | {name: (name, dict(cls.EXAMPLES[-1])) for name, cls in others.items() if cls.setup in without_weights}
+
+
+def bottlenecks() -> dict[str, dict[str, Any]]:
+    """BOTTLENECKS, and every other registered method with bottleneck tokens, with the last of its EXAMPLES."""
+    others = {name: COMPRESSORS.get(name) for name in COMPRESSORS.own_names() if name not in BOTTLENECKS}
+    examples = {name: (cls, dict(cls.EXAMPLES[-1])) for name, cls in others.items() if cls.EXAMPLES}
+    return BOTTLENECKS | {
+        name: settings for name, (cls, settings) in examples.items() if cls(cls.Settings(**settings)).n_bottleneck
+    }
+
+
 def tried(model: Any, inputs: Inputs, name: str, settings: dict[str, Any]) -> str | None:
     """Why the method does not act on the model; None where it does."""
     try:
@@ -120,7 +137,9 @@ def tried_bottleneck(family: str, name: str, settings: dict[str, Any]) -> str | 
         return f"cannot be put into such a model: {reason}"
     options = {"name": name, **settings}
     model = tiny_llava.build(options) if family == "llava" else tiny_bottleneck(family, options)
-    pixels = {"pixel_values": tiny_llava.pixels(1)} if family == "llava" else bottleneck_inputs(family, model, [[0]])
+    pixels: dict[str, Any] = {"pixel_values": tiny_llava.pixels(1)}
+    if family != "llava":
+        pixels = bottleneck_inputs(family, model, [[0]])
     kept = model.compress(**pixels)
     if kept.n_bottleneck != model.model.compressor.n_bottleneck or not torch.isfinite(kept.kv).all():
         raise AssertionError(f"{name} in {type(model).__name__} compressed a picture into {kept!r}")
@@ -138,11 +157,11 @@ def page() -> str:
     made = {family: tiny_model(family) for family in FAMILIES}
     found = [
         (row, [None if (said := tried(*one, name, settings)) is None else short(said, one[0]) for one in made.values()])
-        for row, (name, settings) in METHODS.items()
+        for row, (name, settings) in applied_methods().items()
     ]
     found += [
         (f"{name}, put in and trained", [tried_bottleneck(family, name, settings) for family in FAMILIES])
-        for name, settings in BOTTLENECKS.items()
+        for name, settings in bottlenecks().items()
     ]
     reasons = list(dict.fromkeys(said for _, row in found for said in row if said is not None))
     lines = ["| | " + " | ".join(TITLES[family] for family in FAMILIES) + " |", "|---|" + "---|" * len(FAMILIES)]

@@ -99,7 +99,7 @@ def train_tokenizer(
         model = cls.preset(settings.preset, **settings.changes).train()
         if settings.start_from:
             model.load_state_dict(cls.load(settings.start_from).state_dict())
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
         )
@@ -113,7 +113,7 @@ def train_tokenizer(
                     print(json.dumps(row), file=metrics, flush=True)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                     _save_checkpoint(output, model, optimizer, step + 1, run)
-    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval().to(memory_format=torch.contiguous_format)
     if settings.round_weights_to_bf16:
         for weight in model.parameters():
             weight.data.copy_(weight.data.bfloat16())
