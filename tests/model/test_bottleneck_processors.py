@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import htc_vlm
@@ -50,3 +51,18 @@ def test_a_stock_folder_gets_a_bottleneck_and_answers_from_what_it_kept(
     torch.testing.assert_close(whole[:, -n_behind:], over[:, -n_behind:], atol=1e-4, rtol=0)
     new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert [one.strip() for one in processor.tokenizer.batch_decode(new, skip_special_tokens=True)] == answers
+
+
+def test_a_pipeline_finds_model_and_processor_by_the_folder(tmp_path: Path) -> None:
+    """`import htc_vlm` is enough: the Auto classes ask the configuration."""
+    folder = stock_families.save("qwen2_5_vl", tmp_path / "stock")
+    htc_vlm_cli.main(["convert", str(folder), "--compressor", "voco", "--output", str(tmp_path / "out")])
+    pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    assert type(pipe.model).__name__ == "HtcVlmQwen2_5_VLForConditionalGeneration"
+    content = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": QUESTION}]
+    (said,) = pipe([{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    model, processor = htc_vlm.load(tmp_path / "out")
+    kept = htc_vlm.compress(model, processor, PICTURES[:1])
+    assert [said["generated_text"].strip()] == htc_vlm.generate(
+        model, processor, compressed=kept, text=[QUESTION], max_new_tokens=3
+    )

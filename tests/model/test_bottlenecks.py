@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from htc_vlm.compressors import COMPRESSORS
 from htc_vlm.model.add_to_family import put_in
-from htc_vlm.testing.families import BOTTLENECK, IMAGE, bottleneck_inputs, tiny_bottleneck, tiny_model
+from htc_vlm.testing.families import (
+    BOTTLENECK,
+    IMAGE,
+    PINPOINTS,
+    TEXT,
+    VISION,
+    bottleneck_inputs,
+    tiny_bottleneck,
+    tiny_model,
+)
 
 FAMILIES = ("llava_next", "llava_onevision", "internvl", "smolvlm", "qwen2_5_vl")
 TINY: dict[str, Any] = COMPRESSORS.get("htc")._TINY
@@ -30,6 +40,14 @@ CASES = [
 ]  # fmt: skip
 cases = pytest.mark.parametrize(("family", "name"), CASES)
 families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def quick(*known: str) -> Any:
+    """All families, the others marked slow."""
+    marked = [pytest.param(one, marks=() if one in known else pytest.mark.slow) for one in FAMILIES]
+    return pytest.mark.parametrize("family", marked)
+
+
 PROMPTS = [[0], [1, 2], [], [2]]  # pictures of three sizes, two in one prompt, and a row of text only
 
 
@@ -106,7 +124,7 @@ def test_generation_over_pictures_continues_the_masked_pass(family: str) -> None
         close(out.logits[step], again)
 
 
-@families
+@quick("qwen2_5_vl", "llava_next")
 @torch.no_grad()
 def test_the_fast_prefill_gives_what_the_general_one_gives(family: str) -> None:
     """It skips the queries of visual tokens; with M-RoPE it must still turn by three positions."""
@@ -115,7 +133,7 @@ def test_the_fast_prefill_gives_what_the_general_one_gives(family: str) -> None:
     close(model.compress(**pixels, path="fast").kv, model.compress(**pixels, path="general").kv)
 
 
-@families
+@quick("qwen2_5_vl", "internvl")
 @torch.no_grad()
 def test_sdpa_and_eager_agree(family: str) -> None:
     """A 4-D bool mask is obeyed by sdpa and nearly ignored by eager."""
@@ -128,7 +146,7 @@ def test_sdpa_and_eager_agree(family: str) -> None:
     close(*logits)
 
 
-@families
+@quick("qwen2_5_vl", "smolvlm")
 @torch.no_grad()
 def test_a_saved_folder_gives_the_same_model(family: str, tmp_path: Path) -> None:
     """A setting or a weight that is not saved; a folder that transformers would load as the stock model."""
@@ -158,7 +176,7 @@ def test_every_weight_of_the_compressor_learns(family: str, name: str) -> None:
         assert bool(model.get_input_embeddings().weight.grad[BOTTLENECK].ne(0).any())
 
 
-@families
+@quick("qwen2_5_vl")
 def test_lora_attaches_and_trains(family: str) -> None:
     """peft wraps the model and asks for its parts by name."""
     from peft import LoraConfig, get_peft_model
@@ -206,3 +224,29 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         model(input_ids=torch.ones(1, 3, dtype=torch.long), pixel_values_videos=torch.zeros(1))
     with pytest.raises(ValueError, match="bottleneck tokens and no image"):
         model(input_ids=torch.tensor([[1, BOTTLENECK, 5]]))
+
+
+def refusal(text: Any) -> str:
+    """What is said of a LLaVA-NeXT around such a decoder when a picture of 88 tokens is compressed."""
+    vision = transformers.CLIPVisionConfig(**VISION)
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS
+    )
+    model = put_in(transformers.LlavaNextForConditionalGeneration(config).eval(), {"name": "voco"})
+    model.config.bottleneck_token_id = BOTTLENECK
+    with pytest.raises(ValueError, match="voco keeps images as keys and values that a rotation moves") as told:
+        model.compress(**pixels_of("llava_next", model, [1]))
+    return str(told.value)
+
+
+def test_decoders_whose_keys_no_rotation_moves_are_refused_by_name() -> None:
+    """Two passes would silently differ from one: other pairs, parts of a head, frequencies that grow, short windows."""
+    plain = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    growing = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    for text, reason in (
+        (transformers.CohereConfig(**plain), "interleaved"),
+        (transformers.PhiConfig(**plain), "rotates 4 of a head's 8"),
+        (transformers.MistralConfig(**TEXT, sliding_window=8), "sliding window of 8"),
+        (transformers.LlamaConfig(**{**TEXT, "max_position_embeddings": 16}, rope_parameters=growing), "'dynamic'"),
+    ):
+        assert reason in refusal(text)

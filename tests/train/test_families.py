@@ -17,7 +17,7 @@ from htc_vlm.train import setup
 from .. import stock_families
 
 SIZES = [(40, 30), (30, 90), (64, 64)]
-QUICK = ("qwen2_5_vl", "llava_next")
+QUICK = ("qwen2_5_vl",)
 
 
 def data(folder: Path) -> list[dict[str, str]]:

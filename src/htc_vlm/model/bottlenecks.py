@@ -23,22 +23,20 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.processing_utils import ProcessorMixin
 
 from htc_vlm import compressors
 from htc_vlm.applied import hf_compat
 from htc_vlm.applied.families import OURS, Family, family_class, family_of
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.model import compressing, reading
+from htc_vlm.model.bottleneck_processing import OF_TEXT, check_no_video, extra_tokens, processor_class
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.compressing import Group
 from htc_vlm.model.configuration import check_settings
 from htc_vlm.model.generation import GeneratesOverKv
 from htc_vlm.model.movable import check_movable
 from htc_vlm.model.pretrained import HoldsCompressor
-from htc_vlm.model.processing import AsksQuestions
 from htc_vlm.ops import rope
 from htc_vlm.tokens import TokenLayout
 
@@ -47,7 +45,6 @@ STOCK = {
     "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "internvl": "InternVL", "smolvlm": "SmolVLM",
     "idefics3": "Idefics3", "qwen2_5_vl": "Qwen2_5_VL",
 }  # fmt: skip
-OF_TEXT = ("mm_token_type_ids", "token_type_ids")  # what processors say of text, and this model reads from the ids
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -273,11 +270,6 @@ def visual_lengths(layout: TokenLayout) -> list[int]:
     return (layout.image + rows)[layout.is_visual].unique_consecutive(return_counts=True)[1].tolist()
 
 
-def extra_tokens(method: Compressor) -> int:
-    """Visual tokens that a method adds to those of the picture (anchors)."""
-    return method.n_visual(1) - 1
-
-
 def with_anchors(positions: Tensor, method: Compressor) -> Tensor:
     """(axes, P) -> (axes, C): anchors have equal positions on all axes, before the picture or between it and the bottleneck."""
     n_extra = extra_tokens(method)
@@ -303,90 +295,6 @@ def check_method(options: Mapping[str, Any], model: str) -> Compressor:
             "have one size (LLaVA); use channels: hybrid or continuous"
         )
     return method
-
-
-def check_no_video(kwargs: Mapping[str, Any]) -> None:
-    """ValueError for frames: only pictures are compressed."""
-    given = [name for name, value in kwargs.items() if "video" in name and value is not None]
-    if given:
-        raise ValueError(f"{given[0]}: a model with a bottleneck reads pictures, not videos; give frames as pictures")
-
-
-# ------------------------------------------------------------------------------------------------------------- processor
-class WritesBottlenecks(AsksQuestions):
-    """Mixed in front of a family's processor. compressor: the model's, by which a picture's placeholders are counted."""
-
-    compressor: dict[str, Any] | None
-
-    @property
-    def n_bottleneck(self) -> int:  # type: ignore[override]
-        return self._method.n_bottleneck
-
-    @property
-    def _method(self) -> Compressor:
-        return compressors.build(**(self.compressor or {"name": "none"}))
-
-    def image_text(self) -> str:
-        raise ValueError(
-            f"how many tokens a picture is for {type(self).__name__} depends on the picture; call the processor with images "
-            "and text, or ask about compressed images"
-        )
-
-    def bottleneck_text(self) -> str:
-        return self._marked(super().bottleneck_text())
-
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        own: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
-        n_visual = self._method.n_visual(own.count(self.image_token))
-        return self._marked(self.image_token * n_visual + super().bottleneck_text())
-
-    def _marked(self, image: str) -> str:
-        """Between the marks that the family writes around a whole picture, if it does."""
-        if hasattr(self, "start_image_token"):  # InternVL
-            return f"{self.start_image_token}{image}{self.end_image_token}"  # type: ignore[attr-defined]
-        if hasattr(self, "fake_image_token"):  # SmolVLM, Idefics3
-            whole = getattr(self, "global_image_token", None) or self.global_image_tag  # type: ignore[attr-defined]
-            return f"{self.fake_image_token}{whole}{image}{self.fake_image_token}"
-        return image
-
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As the family's. Pictures without text: what `compress` takes, image_lengths included. Text without pictures may
-        have the image token where a compressed image goes."""
-        check_no_video(kwargs)
-        if images is None or text is not None:
-            return super().__call__(images=images, text=text, **kwargs)
-        pictures = make_flat_list_of_images(images)
-        out = self(images=[[one] for one in pictures], text=[self.image_token] * len(pictures), padding=True, **kwargs)
-        image, extra = self.tokenizer.convert_tokens_to_ids(self.image_token), extra_tokens(self._method)
-        lengths = [sum(int(id) == image for id in row) - extra for row in out.pop("input_ids")]
-        for name in ("attention_mask", *OF_TEXT):
-            out.pop(name, None)
-        out["image_lengths"] = torch.tensor(lengths) if kwargs.get("return_tensors") == "pt" else lengths
-        return out
-
-    def for_training(self, pictures: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
-        inputs, method = dict(self(images=list(pictures), return_tensors="pt")), self._method
-        visual = [self.image_token * (n + extra_tokens(method)) for n in inputs["image_lengths"].tolist()]
-        return [self._marked(one + super(WritesBottlenecks, self).bottleneck_text()) for one in visual], inputs
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As most processors'; SmolVLM's asks a video processor, which is not there."""
-        return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
-
-    @classmethod
-    def validate_init_kwargs(cls, processor_config: Any, valid_kwargs: Any) -> Any:
-        """As transformers', which reads names from the code of __init__ where ours are in its signature."""
-        names = list(inspect.signature(cls.__init__).parameters)[1:]
-        return super().validate_init_kwargs(processor_config=processor_config, valid_kwargs=names)  # type: ignore[misc]
-
-    def fitted_to(self, config: Any) -> Any:
-        """The same processor, for the compressor of a model on the same tokenizer. ValueError for another tokenizer."""
-        self.compressor = dict(config.compressor)
-        for mark, id in ((self.image_token, config.image_token_id), (self.bottleneck_token, config.bottleneck_token_id)):
-            found = self.tokenizer.convert_tokens_to_ids(mark)
-            if found != id:
-                raise ValueError(f"the tokenizer has {mark} as {found}, the model as {id}; take both from one checkpoint")
-        return self
 
 
 # --------------------------------------------------------------------------------------------------------------- classes
@@ -416,7 +324,7 @@ def classes_of(model_type: str) -> Classes:
             f"no bottleneck can be put into a model of type {stock!r}: {reason}; it can into llava, {', '.join(STOCK)}"
         )
     model, config = getattr(transformers, STOCK[stock] + "ForConditionalGeneration"), _config_class(stock)
-    classes = Classes(model, config, _model_class(model, config), _processor_class(stock))
+    classes = Classes(model, config, _model_class(model, config), _named(processor_class(STOCK[stock])))
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(classes.config, classes.model, exist_ok=True)
     AutoProcessor.register(classes.config, classes.processor, exist_ok=True)
@@ -442,7 +350,8 @@ def _config_class(stock: str) -> Any:
             check_settings(self)
             classes_of(stock)  # the Auto classes ask for a configuration first
 
-    return strict(_named(Config, f"HtcVlm{STOCK[stock]}Config"))
+    Config.__name__ = f"HtcVlm{STOCK[stock]}Config"
+    return strict(_named(Config))
 
 
 def _model_class(stock: Any, config: Any) -> Any:
@@ -450,37 +359,13 @@ def _model_class(stock: Any, config: Any) -> Any:
     names = tuple(name for name in parameters if name not in ("self", "kwargs"))
     own = {"config_class": config, "IMAGE_INPUTS": (*names, "image_lengths", *OF_TEXT)}
     made = type(f"HtcVlm{stock.__name__}", (WithBottleneck, stock), {"__module__": __name__, **own})
-    return _named(made, made.__name__)
+    return _named(made)
 
 
-def _processor_class(stock: str) -> Any:
-    base = getattr(transformers, STOCK[stock] + "Processor")
-    own = inspect.signature(base.__init__)
-    has_video = "video_processor" in own.parameters
-
-    def __init__(
-        self: Any,
-        *args: Any,
-        compressor: dict[str, Any] | None = None,
-        bottleneck_token: str = "<voco>",
-        prompt_style: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.compressor, self.bottleneck_token, self.prompt_style = compressor, bottleneck_token, prompt_style
-        base.__init__(self, *args, **kwargs, **({"video_processor": None} if has_video else {}))
-
-    # transformers reads from the signature what a processor consists of; a video processor would need torchvision
-    ours = [one for one in inspect.signature(__init__).parameters.values() if one.kind is one.KEYWORD_ONLY]
-    kept = [one for one in own.parameters.values() if one.name != "video_processor" and one.kind is not one.VAR_KEYWORD]
-    __init__.__signature__ = own.replace(parameters=[*kept, *ours])  # type: ignore[attr-defined]
-    name = f"HtcVlm{STOCK[stock]}Processor"
-    return _named(type(name, (WritesBottlenecks, base), {"__module__": __name__, "__init__": __init__}), name)
-
-
-def _named(cls: Any, name: str) -> Any:
-    """A class under its own name in this module, where pickle finds it."""
-    cls.__name__ = cls.__qualname__ = name
-    globals()[name] = cls
+def _named(cls: Any) -> Any:
+    """The class, kept under its name in this module, where pickle finds it."""
+    cls.__qualname__ = cls.__name__
+    globals()[cls.__name__] = cls
     return cls
 
 

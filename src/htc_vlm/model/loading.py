@@ -19,7 +19,7 @@ from htc_vlm.model import adapter as adapters
 from htc_vlm.model import bottlenecks
 from htc_vlm.model.add_compressor import LLAVA_TYPES, with_compressor
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, check_llava
 from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 
@@ -159,6 +159,7 @@ def to_device(model: Any, device: str) -> Any:
 
 def without_compression(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
     """The same weights (shared, not copied) without compression: what the images would cost without it."""
+    check_llava(model, "the same weights without compression")
     options = {**model.config.to_dict(), "compressor": {"name": "none"}}
     config = HtcVlmConfig.from_dict(options)
     config.text_config._attn_implementation = model.config.text_config._attn_implementation

@@ -103,3 +103,11 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, Lla
             pixel_values=pixel_values, patch_features=patch_features, image_codes=image_codes
         ).pooler_output
         return torch.stack(list(images)).to(hf_compat.compute_dtype(self.get_input_embeddings(), self.dtype))
+
+
+def check_llava(model: object, what: str) -> None:
+    """ValueError for another family than LLaVA, whose pictures have no common square grid; `what` needs one."""
+    if not isinstance(model, HtcVlmForConditionalGeneration):
+        raise ValueError(
+            f"{what} needs pictures of one square grid, as LLaVA's are; a {type(model).__name__} has none: give a LLaVA or ours"
+        )

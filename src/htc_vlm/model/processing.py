@@ -39,9 +39,9 @@ class AsksQuestions:
         """What stands for one image in the text of a prompt with pictures."""
         raise NotImplementedError
 
-    def bottleneck_text(self) -> str:
-        """What stands for one compressed image in the text of a prompt."""
-        return self.bottleneck_token * self.n_bottleneck
+    def bottleneck_text(self, n_entries: int | None = None) -> str:
+        """What stands for one compressed image in the text of a prompt. n_entries: where it has fewer than n_bottleneck."""
+        return self.bottleneck_token * (self.n_bottleneck if n_entries is None else n_entries)
 
     # ---------------------------------------------------------------- questions
     @property
