@@ -2,6 +2,7 @@
 # make test    the tests: CPU, offline                                make docs    the documentation site, strict
 # make study   the study's own tests                                  make wheel   build the wheel, install it alone, use it
 # make slow    the slow tests                                         make table   rebuild pages and plots from results
+# make repeat  the tests RUNS times (10), to find those that fail now and then
 # The first target that runs makes .venv from scratch.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,10 +19,12 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 10
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test study slow page wheel docs check table clean
+RUNS ?= 10
+
+.PHONY: help demo test repeat study slow page wheel docs check table clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +37,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) tests src
+
+repeat: $(READY)
+	scripts/repeat_tests.sh $(RUNS)
 
 wheel: $(READY)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py

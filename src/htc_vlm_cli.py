@@ -13,13 +13,10 @@ Exit codes: 0 done, 1 partly done (some pictures or tasks were refused), 2 refus
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.metadata
 import io
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,6 +103,8 @@ def unknown(name: str, commands: dict[str, str]) -> str:
     >>> unknown("akk", {"ask": "", "data": ""})
     "htc-vlm: no command 'akk'; did you mean 'ask'? Commands: ask, data"
     """
+    import difflib
+
     near = difflib.get_close_matches(name, commands, n=1)
     hint = f" did you mean {near[0]!r}?" if near else ""
     return f"htc-vlm: no command {name!r};{hint} Commands: {', '.join(commands)}"
@@ -119,6 +118,8 @@ def script() -> int:
     try:
         return main()
     except Exception:
+        import traceback
+
         traceback.print_exc()
         return EXIT_BUG
 
@@ -137,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(commands))
         return 0
     if name == "--version":
-        print(f"htc-vlm {importlib.metadata.version('htc-vlm')}")
+        from importlib.metadata import version
+
+        print(f"htc-vlm {version('htc-vlm')}")
         return 0
     if name in MOVED:
         print(f"htc-vlm {name}: {MOVED[name]}", file=sys.stderr)

@@ -20,6 +20,8 @@ from typing import Any
 from htc_vlm.settings import check_keys, override, pair, read_yaml
 
 DEFAULTS, TABLES = "defaults.yaml", "tables.yaml"
+RUNS = "tiny"  # the folder beside the tables with settings of the fast trainer
+OF_A_STAGE = ("preset", "stage", "training", "data")  # defaults that a row of the fast trainer does not take
 MERGED = ("training", "tasks")  # taken over key by key; the other keys as a whole
 TASK_KEYS = ("task", "split", "limit")
 
@@ -31,8 +33,9 @@ class Experiment:
     stage: of the preset, None = the weights of `start` as they are. compressor: the model's own method. method: applied
     from outside to an uncompressed model (`htc_vlm.apply`); `share: 192` in it stands for the tokens that are as
     many of the model's patches as 192 of 576. mgvq: a quantizer's folder or file, or a checkpoint that carries one.
-    training: what differs from the preset's stage. tasks: name -> task, split, limit. same_as: "table/row" whose
-    results are this row's, too.
+    training: what differs from the preset's stage. run: trained by study/fast_trainer instead, by these settings of
+    experiments/tiny, or a file; `training` then replaces some of them. tasks: name -> task, split, limit. same_as:
+    "table/row" whose results are this row's, too.
     """
 
     table: str
@@ -41,6 +44,7 @@ class Experiment:
     note: str = ""
     preset: str = "tiny"
     stage: str | None = None
+    run: str | None = None
     start: str | None = None
     mgvq: str | None = None
     teacher: str | None = None
@@ -55,6 +59,11 @@ class Experiment:
     def name(self) -> str:
         """table/row"""
         return f"{self.table}/{self.row}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Does this row train anything?"""
+        return self.stage is not None or self.run is not None
 
 
 KEYS = tuple(key.name for key in fields(Experiment) if key.name not in ("table", "row"))
@@ -106,6 +115,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     defaults, own = read_yaml(root / DEFAULTS), read_yaml(path)
     for where, given in ((root / DEFAULTS, defaults), (path, own)):
         check_keys(where, given, KEYS)
+    if own.get("run") is not None:
+        defaults = {key: value for key, value in defaults.items() if key not in OF_A_STAGE}
     settings = merge(defaults, own)
     for text in overrides:
         check_keys(f"--set {text}", {pair(text, "training.steps=100")[0][0]: None}, KEYS)
@@ -116,6 +127,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         if "/" in name:
             raise ValueError(f"{path}: task {name!r}: leave out the slash, it separates a task from its kinds of question")
     experiment = Experiment(path.resolve().parent.name, path.stem, **settings)
+    if experiment.run is not None and experiment.stage is not None:
+        raise ValueError(f"{path}: `run` trains by the fast trainer, `stage` by the library's; give one of them")
     if experiment.method and experiment.compressor != {"name": "none"}:
         raise ValueError(f"{path}: `method` is applied to an uncompressed model; leave out `compressor`")
     return experiment
@@ -125,7 +138,7 @@ def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
     mappings, words = ("compressor", "training", "tasks"), ("title", "note", "preset")
     wrong = [key for key in mappings if key in settings and not isinstance(settings[key], dict)]
     wrong += [key for key in words if key in settings and not isinstance(settings[key], str)]
-    optional = {"stage": str, "start": str, "mgvq": str, "teacher": str, "same_as": str, "method": dict, "data": list}
+    optional = dict.fromkeys(("stage", "run", "start", "mgvq", "teacher", "same_as"), str) | {"method": dict, "data": list}
     wrong += [k for k, kind in optional.items() if settings.get(k) is not None and not isinstance(settings[k], kind)]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, wrong in shape; see study/experiments/README.md")

@@ -4,7 +4,7 @@ Source:  ours.
 Differs: features pass through the bfloat16 of the cache, as in training; `htc-vlm eval` computes them anew in float32.
 
 A task's questions are loaded once per process, its pictures' features once per machine, its blind baselines once for
-all. Answers go to answers.jsonl as in eval/run.py: restartable, nothing asked twice.
+all. Questions are asked by eval/run.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from htc_vlm.eval.answers import append_answers, read_answers, repair_tail, require_all
-from htc_vlm.eval.run import ask_batch, batches
-from htc_vlm.eval.task import HasBaselines, Item, check_split, make_task
+from htc_vlm.eval.answers import require_all
+from htc_vlm.eval.run import ask_items, load_items
+from htc_vlm.eval.task import HasBaselines, Item, make_task
 from htc_vlm.model.answering import Answerer, AskLike
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.tiny.features import FeatureCache, fill, load_picture, meta_for
@@ -51,10 +50,9 @@ def task_set(name: str, task_name: str, split: str | None, limit: int | None, ro
     """The first `limit` questions of a task's split. ValueError for a task or split that is not there."""
     task = make_task(task_name)
     chosen = task.splits[0] if split is None else split
-    check_split(task, chosen)
     if limit is not None and limit < 1:
         raise ValueError(f"task {name}: limit is {limit}; give at least 1, or leave it out")
-    items = tuple(task.load(Path(root), chosen)[:limit])
+    items = tuple(load_items(task, root, chosen)[:limit])
     return TaskSet(name, task_name, chosen, items, answers.questions_sha256(items, task_name))
 
 
@@ -151,19 +149,9 @@ class SharedAnswerer(Answerer):
 # ------------------------------------------------------------------------------------------------ answers and schedule
 def answer_all(answerer: Answerer, tests: TaskSet, folder: Path, batch_size: int) -> dict[str, str]:
     """{question id: answer}; asked again, only what answers.jsonl lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "answers.jsonl"
-    if path.exists():
-        repair_tail(path)
-    answers = read_answers(path, tests.items)
-    still_open = [item for item in tests.items if item.id not in answers]
-    max_new_tokens = make_task(tests.task).max_new_tokens
-    done = len(tests.items) - len(still_open)
-    with tqdm(total=len(tests.items), initial=done, desc=tests.name, unit="question", mininterval=5) as bar:
-        for batch in batches(still_open, batch_size):
-            append_answers(path, ask_batch(answerer, batch, max_new_tokens))
-            bar.update(sum(map(len, batch)))
-    return require_all(read_answers(path, tests.items), tests.items, path)
+    found = ask_items(answerer, make_task(tests.task), tests.items, tests.items, path, batch_size)
+    return require_all(found, tests.items, path)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from htc_vlm.ops import schedules
 from htc_vlm.train import presets
 from study import answers, evaluating
 from study.definitions import Experiment
+from study.fast_trainer.model import method_of
+from study.fast_trainer.settings import Run, find_run, make_run, read_settings
 
 QUANTIZER = "model.compressor.quantizer."
 # Settings of the loop that change no weight.
@@ -135,6 +137,8 @@ def stage_preset(experiment: Experiment, seed: int) -> dict[str, Any]:
 
 def training_config(experiment: Experiment, seed: int, work: Path) -> dict[str, Any]:
     """All that the weights depend on, beside start and seed."""
+    if experiment.run is not None:
+        return run_config(experiment, seed, work)
     preset = stage_preset(experiment, seed)
     block = preset["stages"][experiment.stage]
     settings = asdict(presets.loop_settings(block))
@@ -152,12 +156,35 @@ def training_config(experiment: Experiment, seed: int, work: Path) -> dict[str, 
     if settings["distill_weight"] and experiment.teacher is None:
         raise ValueError("distill_weight is set, so a teacher is needed: the name of an uncompressed checkpoint")
     if needs_quantizer(experiment.compressor):
-        if experiment.mgvq is None:
-            raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
-        out["quantizer"] = code_identity(quantizer_of(experiment.mgvq, work))
+        out["quantizer"] = code_identity(given_quantizer(experiment, work))
     if experiment.start is None:
         out |= {name: preset.get(name) for name in ("vision", "text", "words")}
     return out
+
+
+def fast_run(experiment: Experiment, seed: int) -> Run:
+    """The settings of a row that study/fast_trainer trains."""
+    mgvq = experiment.mgvq if needs_quantizer(experiment.compressor) else None
+    own = {"compressor": experiment.compressor, "start": experiment.start, "mgvq": mgvq, "seed": seed}
+    settings = {**read_settings(find_run(str(experiment.run))), **experiment.training, **own}
+    return make_run({**settings, "title": experiment.title, "note": ""}, experiment.run)
+
+
+def run_config(experiment: Experiment, seed: int, work: Path) -> dict[str, Any]:
+    """All that the weights of such a row depend on, beside start and seed."""
+    run = fast_run(experiment, seed)
+    method_of(run.compressor)
+    elsewhere = ("compressor", "start", "mgvq", "seed", "log_every", "measure_every", "watch")
+    quantizer = code_identity(given_quantizer(experiment, work)) if needs_quantizer(experiment.compressor) else None
+    settings = {name: value for name, value in run.binding().items() if name not in elsewhere}
+    return {"run": Path(str(experiment.run)).stem, "settings": settings, "quantizer": quantizer}
+
+
+def given_quantizer(experiment: Experiment, work: Path) -> Path:
+    """The quantizer that an experiment names; ValueError where it names none."""
+    if experiment.mgvq is None:
+        raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
+    return quantizer_of(experiment.mgvq, work)
 
 
 def code_identity(path: Path) -> str:
@@ -171,17 +198,17 @@ def make_job(experiment: Experiment, seed: int, study: Study) -> Job:
     try:
         method, impossible = resolved_method(experiment, seed, study)
         compressors.build(**experiment.compressor)
-        if experiment.stage is None and experiment.start is None:
+        if not experiment.is_trained and experiment.start is None:
             raise ValueError("nothing to evaluate: give start (a checkpoint) or stage (to train)")
-        if experiment.method is not None and experiment.stage is not None:
-            raise ValueError("`method` needs no training; leave out stage")
+        if experiment.method is not None and experiment.is_trained:
+            raise ValueError("`method` needs no training; leave out stage and run")
         if not experiment.tasks:
             raise ValueError("no tasks to evaluate")
         config = {
             "start": checkpoint_identity(experiment.start),
             "compressor": experiment.compressor,
             "method": method,
-            "training": None if experiment.stage is None else training_config(experiment, seed, study.work),
+            "training": training_config(experiment, seed, study.work) if experiment.is_trained else None,
             "tasks": {name: asdict_of(tests) for name, tests in task_sets(experiment, study).items()},
         }
     except (ValueError, FileNotFoundError) as error:

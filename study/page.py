@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from study import ladder
+from study.curves import draw_curves, records
 from study.definitions import read_tables
 from study.generated import ROOT, check_or_write
 from study.grids import cost_grid, csv_grid, differences_grid, lines_grid, refusals, retention_grid
@@ -115,6 +116,8 @@ def section(study: StudyTable) -> str:
     parts = [f"## {study.table.title}", study.table.about]
     if any(not row.status for row in study.rows):
         parts.append(f"![{study.table.title}](assets/results/{picture.name})")
+    if records(study):
+        parts.append(f"![Learning curves](assets/results/{study.table.name}-curves.png)")
     if study.table.lines:
         told = "Mean score over the columns, share of the upper bound, tokens a question meets:"
         parts += [told, to_markdown(lines_grid(study))]
@@ -238,6 +241,8 @@ def draw_plots() -> None:
     for study in page(ROOT / "study" / "experiments", results)[1]:
         if any(not row.status for row in study.rows):
             draw(study, PLOTS / f"{study.table.name}.png")
+        if records(study):
+            draw_curves(study, PLOTS / f"{study.table.name}-curves.png")
 
 
 if __name__ == "__main__":

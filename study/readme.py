@@ -78,7 +78,7 @@ def methods() -> str:
         cls = compressors.COMPRESSORS.get(name)
         path = "src/" + cls.__module__.replace(".", "/") + ".py"
         acts, cached = cls.ACTS.replace("the ", ""), "yes" if cls.QUESTION_INDEPENDENT else ""
-        works = "its own model" if cls.TRAINED else where.get(name, "")
+        works = where.get(name, "its own model" if cls.TRAINED else "")
         lines.append(f"| [`{name}`]({path}) | {cls.PAPER} | {acts} | {works} | {cached} |")
     return "\n".join(lines)
 

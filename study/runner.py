@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from htc_vlm.files import write_json
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import find, load
-from htc_vlm.tiny.features import FeatureCache, fill, meta_for
-from htc_vlm.tiny.packed import codes_of
+from htc_vlm.tiny.features import FeatureCache
 from htc_vlm.tokens import equivalent_tokens
 from htc_vlm.train import presets
-from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
+from htc_vlm.train.packed_data import open_sources
 from htc_vlm.train.setup import train_stage
 from study import answers, evaluating
-from study.jobs import Job, Study, needs_quantizer, quantizer_of, stage_preset, task_sets
+from study.fast_trainer import train as fast_trainer
+from study.fast_trainer.state import METRICS, finished
+from study.jobs import Job, Study, fast_run, needs_quantizer, quantizer_of, stage_preset, task_sets
 
 
 def is_trained(folder: Path, steps: int) -> bool:
@@ -72,7 +73,7 @@ def prepare(jobs: Sequence[Job], study: Study) -> None:
             evaluating.with_baselines(tests, study.results)
             evaluating.features_of(tests, model.model.vision_tower, study.cache)
             evaluating.codes_of_tasks(tests, model, study.cache)
-        if job.experiment.stage is not None:
+        if job.experiment.stage is not None:  # the fast trainer fills its own
             _fill_training(job, model, study)
 
 
@@ -89,31 +90,10 @@ def starting_model(job: Job, study: Study) -> tuple[Any, Any]:
 
 
 def _fill_training(job: Job, model: Any, study: Study) -> None:
-    """The caches that train/packed_data.py would fill on the CPU, filled on the study's device, under the same names."""
-    tower = model.model.vision_tower
-    for options in stage_preset(job.experiment, job.seed)["data"]:
-        part = presets.DataPart(**options)
-        module = presets.task_module(part.task)
-        ids = module.images("train")[: part.images]
-        if part.json or len(ids) < part.images or part.images < 1:
-            continue  # train_stage says what is wrong
-        cache = FeatureCache(study.cache / f"{part.task}-train", meta_for(tower, part.images, CODE_PICTURE_SIZE))
-        if cache.missing():
-            print(f"{part.task}: the tower's features of {len(cache.missing())} training pictures", flush=True)
-            fill(cache, tower, partial(_picture, module, ids))
-        if needs_quantizer(job.experiment.compressor):
-            compressor = model.model.compressor
-            file = study.cache / f"{part.task}-codes-{code_key(compressor)}.npy"
-            codes_of(cache, partial(_encode, compressor, study.device), file)
-
-
-def _picture(module: Any, ids: Sequence[str], number: int) -> Any:
-    return module.picture(ids[number])
-
-
-def _encode(compressor: Any, device: str, pixels: torch.Tensor) -> torch.Tensor:
-    code: torch.Tensor = compressor.encode(pixels.to(device)).cpu()
-    return code
+    """The caches that training would fill on the CPU, filled on the study's device."""
+    preset = stage_preset(job.experiment, job.seed)
+    with suppress(ValueError):  # train_stage says what is wrong with the data
+        open_sources(preset, model, study.cache, {part["task"]: [] for part in preset["data"]})
 
 
 # ------------------------------------------------------------------------------------------------ run
@@ -124,8 +104,8 @@ def run_job(job: Job, study: Study, command: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", {"config": job.config})
     training = None
-    if job.experiment.stage is not None:
-        training = train(job, study)
+    if job.experiment.is_trained:
+        training = train(job, study) if job.experiment.run is None else train_fast(job, study)
     measured = {"metrics": {}, "impossible": job.impossible} if job.impossible else evaluate(job, study)
     seconds = measured.get("evaluation_seconds", 0.0) + (training or {"seconds": 0.0})["seconds"]
     result = {
@@ -141,6 +121,8 @@ def run_job(job: Job, study: Study, command: str) -> dict[str, Any]:
         "command": command,
     }
     job.result_file(study).parent.mkdir(parents=True, exist_ok=True)
+    if job.experiment.run is not None:
+        shutil.copyfile(folder / "train" / METRICS, job.result_file(study).with_suffix(".jsonl"))
     write_json(job.result_file(study), result)
     return result
 
@@ -171,10 +153,19 @@ def train(job: Job, study: Study) -> dict[str, Any]:
     }
 
 
+def train_fast(job: Job, study: Study) -> dict[str, Any]:
+    """As `train`, by study/fast_trainer."""
+    folder, run = job.folder(study) / "train", fast_run(job.experiment, job.seed)
+    report = finished(folder, run) or fast_trainer.train(run, folder, study.cache, study.data, resume=True)
+    note = report["settings"]["note"]
+    kept = {name: report[name] for name in ("steps", "seconds", "images_per_second", "loss")}
+    return {**kept, "note": note} if note else kept
+
+
 def load_trained(job: Job, study: Study) -> tuple[Any, Any]:
     """(model, processor) to evaluate, on the study's device."""
     experiment = job.experiment
-    if experiment.stage is not None:
+    if experiment.is_trained:
         model, processor = load(job.folder(study) / "train" / "model")
     elif needs_quantizer(experiment.compressor):
         mgvq = quantizer_of(str(experiment.mgvq), study.work)

@@ -296,6 +296,12 @@ def _encoded(answerer: Answerer, names: Sequence[str]) -> CompressedImages:
 QUESTIONS = ("what is at the top left ?", "is there a mammal ?")
 
 
+RAY_PATIENT = {  # on a busy machine Ray's processes start late, and are taken for dead
+    "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "900", "RAY_worker_register_timeout_seconds": "900",
+    "RAY_health_check_failure_threshold": "1000", "RAY_gcs_server_request_timeout_seconds": "900",
+}  # fmt: skip
+
+
 def batch(model: str, n: int = 2000, n_broken: int = 50) -> dict[str, Any]:
     """n pictures, some broken, killed twice: every row is there once."""
     out: dict[str, Any] = {"pictures": n, "broken": n_broken, "questions": len(QUESTIONS), "load_average": os.getloadavg()[0]}
@@ -326,7 +332,7 @@ def memory(model: str, n: int = 2000, n_broken: int = 50, marks: Sequence[int] =
 
 def ray(model: str, n: int = 200, n_broken: int = 5) -> dict[str, Any]:
     """n pictures by both engines: the rows are the same."""
-    settings = {"HTC_VLM_RAY_CPUS": "4", "RAY_worker_niceness": "0"}
+    settings = {"HTC_VLM_RAY_CPUS": "4", **RAY_PATIENT}
     with tempfile.TemporaryDirectory() as temp:
         root = Path(temp)
         words = _pictures(root, n, n_broken, model)
@@ -384,8 +390,8 @@ def _start(
     start = [sys.executable, "-c", "import sys; from htc_vlm_cli import main; sys.exit(main(sys.argv[1:]))"]
     own = ["--store", str(root / f"{name}.store"), "--output", str(root / f"{name}.out")]
     command = [*start, "batch", str(root / f"in{count}"), *own, *words]
-    log = (root / f"{name}.log").open("wb")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL, env={**os.environ, **(more or {})})
+    log, errors = (root / f"{name}.log").open("wb"), (root / f"{name}.err").open("wb")
+    return subprocess.Popen(command, stdout=log, stderr=errors, env={**os.environ, **(more or {})})
 
 
 def _run(
@@ -394,9 +400,10 @@ def _run(
     """The report of a run, and the most memory it had, in MB."""
     process = _start(root, count, name, words, more)
     _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) not in (0, 1):
-        raise RuntimeError(f"batch {name} ended with {os.waitstatus_to_exitcode(status)}")
-    return json.loads((root / f"{name}.log").read_text()), usage.ru_maxrss / 1024
+    code, said = os.waitstatus_to_exitcode(status), (root / f"{name}.log").read_text()
+    if code not in (0, 1) or not said:
+        raise RuntimeError(f"batch {name} ended with {code}: {(root / f'{name}.err').read_text()[-2000:]}")
+    return json.loads(said), usage.ru_maxrss / 1024
 
 
 def _killed(root: Path, n: int, words: Sequence[str]) -> dict[str, Any]:

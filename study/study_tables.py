@@ -281,11 +281,3 @@ def headlines(study: StudyTable) -> list[str]:
     """What a comparison is summed up by: for "task/*" all questions of the task, other columns as they are."""
     patterns = [pattern for group in study.table.columns.values() for pattern in group]
     return list(dict.fromkeys(f"{p[:-2]}/score" if p.endswith("/*") else p for p in patterns))
-
-
-def kinds_of(study: StudyTable, metric: str) -> list[str]:
-    """The kinds of question behind "task/score"."""
-    task = metric.partition("/")[0]
-    return [f"{task}/{kind}" for kind in study.questions[task].kinds] if task in study.questions else []
-
-

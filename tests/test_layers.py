@@ -204,8 +204,8 @@ def test_no_command_imports_torch_for_its_help() -> None:
     ("file", "source", "expected"),
     [
         ("ops/masks.py", "def f():\n    from htc_vlm.eval import run", "points up"),
-        ("convert/mgvq.py", "from htc_vlm.data import collate", "points sideways"),
-        ("convert/mgvq.py", "from ..data.collate import X", "points sideways"),
+        ("convert/llava_original.py", "from htc_vlm.data import collate", "points sideways"),
+        ("convert/llava_original.py", "from ..data.collate import X", "points sideways"),
         ("train/loop.py", "from htc_vlm import load", "points up"),
         ("model/a.py", "from htc_vlm import cli", "points up"),
         ("compressors/__init__.py", "import importlib\ndef f():\n    importlib.import_module('htc_vlm.model.x')", "points up"),

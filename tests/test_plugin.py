@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = shutil.copytree(PLUGIN, tmp_path_factory.mktemp("plugin") / "source")
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return target
 

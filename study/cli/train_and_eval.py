@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study.definitions import DEFAULTS, TABLES, Experiment, followed, read_experiment
+from study.definitions import DEFAULTS, RUNS, TABLES, Experiment, followed, read_experiment
 
 EXIT_LEFT, EXIT_FAILED = 3, 1  # runs are left for a later start; a run failed
 POLL_SECONDS = 0.2
@@ -78,6 +78,9 @@ def wanted_runs(files: Sequence[Path], seeds: Sequence[int], overrides: Sequence
         for file in files:
             if file.name in (DEFAULTS, TABLES):
                 raise ValueError(f"{file} defines no row; give experiments/<table>/<row>.yaml")
+            if file.resolve().parent.name == RUNS:
+                remarks.append(f"{file}: settings of train-tiny, no row")
+                continue
             own, experiment = read_experiment(file, overrides), followed(file, overrides)
             if number and not depends_on_seed(experiment):
                 remarks.append(f"{experiment.name}/{seed}: nothing is trained or drawn, one seed is enough")
@@ -91,7 +94,7 @@ def wanted_runs(files: Sequence[Path], seeds: Sequence[int], overrides: Sequence
 
 def depends_on_seed(experiment: Experiment) -> bool:
     """Is something trained, or drawn at random?"""
-    if experiment.stage is not None:
+    if experiment.is_trained:
         return True
     return experiment.method is not None and experiment.method["name"] == "random_drop"
 

@@ -98,16 +98,22 @@ class Run:
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """A YAML file with overrides like `steps=100` applied. ValueError names the file and what is wrong.
-
-    `like: OTHER.yaml`, beside it, gives the values of keys that the file does not have.
-    """
-    given = read_yaml(path)
-    if "like" in given:
-        given = {**read_yaml(path.parent / given.pop("like")), **given}
+    """A YAML file with overrides like `steps=100` applied. ValueError names the file and what is wrong."""
+    given = read_settings(path)
     for text in overrides:
         override(given, text, "steps=100")
     return make_run(given, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The keys of a file; `like: OTHER.yaml`, beside it, gives those that it does not have."""
+    given = read_yaml(path)
+    return {**read_yaml(path.parent / given.pop("like")), **given} if "like" in given else given
+
+
+def find_run(name: str) -> Path:
+    """`rows` -> study/experiments/tiny/rows.yaml; a path is taken as it is."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else SETS / f"{name}.yaml"
 
 
 def make_run(given: Mapping[str, Any], where: object) -> Run:

@@ -111,7 +111,7 @@ def collect(name: str, work: Path, data: Path) -> list[Path]:
         test = f"{task}-{options[1] if '--split' in options else 'test'}"
         file = work / kept_as / test / "result.json"
         if file.is_file():
-            found = json.loads(file.read_text().replace(str(data), "DIR"))
+            found = json.loads(file.read_text().replace("/".join(("...", *data.absolute().parts[-2:])), "DIR"))
             kept = RESULTS / kept_as / f"{test}.json"
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(without_paths(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -70,6 +70,15 @@ def is_done(folder: Path, run: Run) -> bool:
     return (folder / STATE).is_file() and read(folder)["step"] >= run.steps
 
 
+def finished(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The report of a run that is done to its last file; None for others. ValueError: done with other settings."""
+    if not (folder / REPORT).is_file() or not (folder / "model" / "config.json").is_file() or not is_done(folder, run):
+        return None
+    check(folder, run, resume=True)
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text())
+    return report
+
+
 def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Load a run's state where there is one, and cut its record back to it."""
     if not (folder / STATE).is_file():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def train(run: Run, folder: Path, cache: Path, data_root: Path | None = None, re
     model = fast_model(library, reads_turn=run.turn_loss > 0, seed=run.seed)
     loop(run, folder, model, sets, watched, tokenizer.eos_token_id)
     export(model, library, processor, folder / "model")
-    report = report_of(run, folder, {name: right_answers(model, one, method.n_entries) for name, one in watched.items()})
+    note = state.read(folder)["settings"]["note"]
+    right = {name: right_answers(model, one, method.n_entries) for name, one in watched.items()}
+    report = report_of(replace(run, note=run.note or note), folder, right)
     plot_loss(folder / state.METRICS, folder / "loss.png", title=run.title or run.compressor["name"])
     write_json(folder / state.REPORT, report, indent=1)
     return report

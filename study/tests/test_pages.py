@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from study.generated import ROOT, out_of_date, with_blocks
+from study.methods import table
 from study.pages import PAGES
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "families"])  # tests/applied/test_family_table.py
 def test_a_generated_page_is_current(name: str) -> None:
     """A number typed by hand, or left behind by a newer result, would be found by nobody else. `make table` rebuilds it."""
-    assert not out_of_date(PAGES[name]())
+    stale = out_of_date(PAGES[name]())
+    assert stale == [], "run: make table"
 
 
 def test_only_what_stands_between_the_marks_is_made_anew(tmp_path: Path) -> None:
@@ -33,3 +35,9 @@ def test_every_result_file_loads_and_names_no_folder_of_a_machine() -> None:
     commands = {file: json.loads(file.read_text(encoding="utf-8")).get("command", "") for file in files}
     assert len(files) > 50
     assert not [file.name for file, command in commands.items() if any(word.startswith("/") for word in shlex.split(command))]
+
+
+def test_the_table_of_methods_has_a_line_for_each_row() -> None:
+    """A method that was measured and is not shown."""
+    result = json.loads((ROOT / "study" / "results" / "methods" / "cpu.json").read_text(encoding="utf-8"))
+    assert table(result).count("\n| `") == len(result["rows"]) - 1 > 10

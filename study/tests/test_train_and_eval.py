@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import yaml
 from htc_vlm.eval.task import make_task
 from study import answers
 from study.cli import train_and_eval
-from tests import tiny_runs
+from tests import processes, tiny_runs
 
 N_QUESTIONS = 36  # of 3 scenes
 ROWS: dict[str, dict[str, Any]] = {
@@ -171,24 +167,19 @@ def test_the_time_limit_stops_and_the_next_start_ends_with_the_same_numbers(stud
 
 def test_killed_and_started_again_it_gives_the_same_answers(study: Path) -> None:
     """A kill in the middle of training must cost time, not truth."""
-    train_and_eval.run(arguments(study, "table1/voco", more=("--set", "training.steps=30")))
+    train_and_eval.run(arguments(study, "table1/voco", more=("--set", "training.steps=6")))
     whole = result(study, "table1/voco")
-    other = arguments(study, "table1/voco", more=("--set", "training.steps=30"))
+    other = arguments(study, "table1/voco", more=("--set", "training.steps=6"))
     other = [str(study / "again") if word == str(study / "work") else word for word in other]
     other = [str(study / "results-again") if word == str(study / "results") else word for word in other]
-    process = subprocess.Popen([sys.executable, "-c", train_and_eval.CHILD, "train-and-eval", *other],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    target = "htc_vlm.train.loop:StageTrainer.compute_loss"
+    processes.killed_at(target, 4, train_and_eval.CHILD, "train-and-eval", *other)
     train = study / "again/table1/voco/0/train"
-    deadline = time.monotonic() + 600
-    while len(list(train.glob("checkpoint-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not (study / "results-again/table1/voco/0.json").exists()
+    assert not (study / "results-again/table1/voco/0.json").exists()
     assert train_and_eval.run(other) == 0
     again = json.loads((study / "results-again/table1/voco/0.json").read_text())
     assert again["recipe"] == whole["recipe"] and again["answers"] == whole["answers"]
-    assert "checkpoint-" in json.loads((train / "report.json").read_text())["resumed_from"]
+    assert json.loads((train / "report.json").read_text())["resumed_from"] == "checkpoint-3"
 
 
 def test_runs_side_by_side_give_the_same_and_report_a_failure(study: Path, capsys: Any) -> None:
@@ -222,3 +213,53 @@ def test_a_row_runs_on_a_gpu(study: Path) -> None:
     more = ("--device", "cuda", "--cache", str(study / "cache"))
     assert train_and_eval.run(arguments(study, "table1/htc", "table2/fastv", more=more)) == 0
     assert result(study, "table1/htc")["device"] != "cpu" and result(study, "table2/fastv")["schedule"] == [4, 2]
+
+
+def fast_row(study: Path, **more: Any) -> None:
+    """experiments/long/voco.yaml, trained by the fast trainer with settings of a file."""
+    tiny_runs.tower()
+    parts = [{"task": "pictograms", "images": 8, "images_per_step": 2, "n_text": 40, "n_answers": 12}]
+    watch = {"seen": {"task": "pictograms", "split": "val", "images": 2}}
+    settings = {"data": parts, "steps": 2, "compile": False, "measure_every": 1, "watch": watch}
+    file = study / "rows.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    write(study, "long/voco", {"title": "VoCo", "run": str(file), "compressor": {"name": "voco"}, **more})
+
+
+def test_a_row_of_the_fast_trainer_is_evaluated_as_the_others(study: Path) -> None:
+    """With other questions or scores its numbers could not stand beside theirs. What is finished is not trained anew."""
+    fast_row(study)
+    assert train_and_eval.run(arguments(study, "long/voco", "table1/voco")) == 0
+    fast, plain = result(study, "long/voco"), result(study, "table1/voco")
+    assert set(fast) == set(plain) and fast["config"]["tasks"] == plain["config"]["tasks"]
+    assert {name: one["questions_sha256"] for name, one in fast["answers"].items()} == {
+        name: one["questions_sha256"] for name, one in plain["answers"].items()
+    }
+    assert fast["training"]["steps"] == 2 and fast["config"]["training"]["run"] == "rows" and fast["seed"] == 0
+    state = study / "work" / "long" / "voco" / "0" / "train" / "state.pt"
+    made = state.stat().st_mtime_ns
+    (study / "results" / "long" / "voco" / "0.json").unlink()
+    assert train_and_eval.run(arguments(study, "long/voco")) == 0 and state.stat().st_mtime_ns == made
+
+
+def test_the_record_of_a_fast_row_becomes_a_learning_curve(study: Path) -> None:
+    """Two steps, measured after each; a plot over rows is drawn from the files beside the results."""
+    from study.curves import draw_curves, records
+    from study.study_tables import load_table
+
+    fast_row(study)
+    train_and_eval.run(arguments(study, "long/voco"))
+    tables = {"long": {"title": "Long", "rows": ["voco"], "columns": {"main": ["scenes/*"]}}}
+    (study / "experiments" / "tables.yaml").write_text(yaml.safe_dump(tables))
+    table = load_table("long", study / "experiments", study / "results")
+    ((step, scores), last), *_ = records(table)["VoCo"]
+    assert step == 1 and set(scores) == {"seen"} and last[0] == 2 and len(table.rows[0].results) == 1
+    draw_curves(table, study / "curves.png")
+    assert (study / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_names_two_trainers_is_refused(study: Path) -> None:
+    """One of the two would be left out without a word."""
+    fast_row(study, stage="compress")
+    with pytest.raises(ValueError, match="give one of them"):
+        train_and_eval.run(arguments(study, "long/voco"))

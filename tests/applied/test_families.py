@@ -124,6 +124,25 @@ def test_a_ragged_left_padded_batch_gives_what_its_rows_give(family: str, name: 
 
 
 @families
+def test_sampled_answers_continue_their_own_prompts(family: str) -> None:
+    """Sampling repeats each row, and what a method remembers of the prompts must be repeated with them."""
+    model, batch = model_of(family), tiny_inputs(family, [[0], [], [1]])
+    n_prompt = batch["input_ids"].shape[1]
+    with torch.random.fork_rng(devices=[]), htc_vlm.apply(model, "divprune", n_keep=3):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "output_logits": True}
+        out = model.generate(**batch, max_new_tokens=N_NEW, return_dict_in_generate=True, **options)
+        step = N_NEW - 1
+        ids = out.sequences[::2, : n_prompt + step]  # the first answer to each prompt
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, step), value=1)
+        again = {**batch, "input_ids": ids, "attention_mask": mask}
+        if "mm_token_type_ids" in batch:
+            again["mm_token_type_ids"] = (ids == IMAGE).int()
+        logits = model(**again, use_cache=False, prompt_length=n_prompt).logits
+    close(logits[:, -1], out.logits[step][::2])
+
+
+@families
 def test_a_budget_as_a_share_fits_pictures_of_every_size(family: str) -> None:
     """`n_keep=64` of a picture with 40 tokens is refused; a share of 0.25 is a quarter of each."""
     model, batch = model_of(family), tiny_inputs(family, [[0], [1], [2]])

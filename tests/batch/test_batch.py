@@ -23,6 +23,7 @@ from htc_vlm.batch.sources import refs_of
 from htc_vlm.batch.steps import Columns, Settings
 from htc_vlm_cli import main
 
+from .. import tinies
 from .. import tiny_runs as tiny
 
 ASKED = Questions(["what is it ?", "how many ?"])
@@ -205,6 +206,11 @@ def test_ray_gives_the_rows_of_the_local_engine(tmp_path: Path, monkeypatch: pyt
             assert sorted(a.list()) == sorted(b.list()) and not Path(f"{b.path}.workers").exists()
             assert b.find(rows_of(tmp_path / "ray")[0]["path"])
         assert run(str(source), ASKED, tmp_path / "ray", settings(tmp_path / "b"), engine, 4).done_now == 0
+        model, divprune = str(tinies.save_llava(tmp_path / "llava")), {"name": "divprune", "n_keep": 4}
+        for name, one in (("c", local.engine), ("d", engine)):  # a model without a bottleneck
+            stock = Settings(model, str(tmp_path / name / "store"), max_new_tokens=2, method=divprune)
+            assert run(str(source), ASKED, tmp_path / name / "rows", stock, one, 4).rows == 48
+        assert rows_of(tmp_path / "d" / "rows") == rows_of(tmp_path / "c" / "rows")
         ray.shutdown()
         monkeypatch.setenv("HTC_VLM_RAY_CPUS", "3")
         with pytest.raises(ValueError, match="Ray has 3 CPUs; with fewer than 4 it can wait for ever"):

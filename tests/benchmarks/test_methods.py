@@ -1,10 +1,9 @@
-"""benchmarks/methods.py on a very small shape, and the page made from its results."""
+"""benchmarks/methods.py on a very small shape."""
 
 from __future__ import annotations
 
 import doctest
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,18 +17,14 @@ from .. import tinies
 REPO = Path(__file__).resolve().parents[2]
 
 
-def script(folder: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{folder}_methods", REPO / folder / "methods.py")
+@pytest.fixture(scope="module")
+def methods() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_methods", REPO / "benchmarks" / "methods.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def methods() -> ModuleType:
-    return script("benchmarks")
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +92,7 @@ def test_the_7b_shape_runs_on_a_gpu(methods: ModuleType) -> None:
     assert all(row["prefill_ms"] > 0 for row in result["rows"])
 
 
-def test_the_page_says_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number typed by hand outlives the run that it came from."""
-    page = script("study")
-    monkeypatch.setattr(sys, "argv", ["methods.py", "--check"])
-    assert page.main() == 0
-
-
-def test_the_table_has_a_line_per_method_and_marks_what_is_slower_than_promised(result: dict[str, Any]) -> None:
-    """`result` is a run of a tiny model, where overhead is everything."""
-    page = script("study")
-    made = page.table(json.loads(json.dumps({**result, "shape": "cpu"})))
-    assert made.count("\n| `") == len(result["rows"]) - 1
-
-
-@pytest.mark.parametrize("folder", ["benchmarks", "study"])
-def test_the_examples_in_the_scripts_hold(folder: str) -> None:
-    """Files outside the package are not among those whose doctests pytest collects."""
-    found = doctest.testmod(script(folder))
+def test_the_examples_in_the_script_hold(methods: ModuleType) -> None:
+    """benchmarks/ is not among the folders whose doctests pytest collects."""
+    found = doctest.testmod(methods)
     assert found.attempted and not found.failed

@@ -13,7 +13,7 @@ import pytest
 from htc_vlm.cli import ask, eval
 from htc_vlm_cli import main
 
-from .. import tinies
+from .. import processes, tinies
 from ..eval import miniatures
 
 
@@ -58,7 +58,7 @@ def test_an_ascii_locale_does_not_crash_a_command() -> None:
     """`UnicodeEncodeError: 'ascii' codec can't encode`: letters that the terminal cannot show are escaped."""
     code = "import sys, htc_vlm_cli; sys.argv[1:] = ['caf\\u00e9']; sys.exit(htc_vlm_cli.script())"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=processes.PATIENCE_S)
     assert done.returncode == 2 and b"no command 'caf\\xe9'" in done.stderr and b"Traceback" not in done.stderr
 
 

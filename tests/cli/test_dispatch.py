@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import htc_vlm_cli as cli
+
+from .. import processes
 
 
 def install(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
@@ -26,7 +27,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys; from htc_vlm_cli import main; assert main(['--help']) == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_code(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: htc-vlm COMMAND")
 
@@ -131,7 +132,7 @@ def test_the_help_of_no_command_imports_torch() -> None:
         "    assert out.getvalue().startswith('usage: htc-vlm ' + name), out.getvalue()\n"
         "    assert not {'torch', 'transformers'} & set(sys.modules), name\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_code(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,5 +145,5 @@ def test_the_public_names_come_when_a_command_asks_for_them() -> None:
         "assert compressors.apply is apply and 'htc' in compressors.names()\n"
         "from transformers import AutoConfig\nassert AutoConfig.for_model('htc_vlm').model_type == 'htc_vlm'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = processes.run_code(code)
     assert done.returncode == 0, done.stderr

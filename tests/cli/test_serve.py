@@ -69,7 +69,7 @@ def test_the_commands_of_the_compose_file_in_the_docs_are_ours() -> None:
 
 
 def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=60) as response:
+    with urllib.request.urlopen(url, timeout=600) as response:
         return json.load(response)
 
 
@@ -101,7 +101,7 @@ def test_a_server_starts_answers_and_finishes_what_runs(tmp_path: Path) -> None:
         while get(f"http://127.0.0.1:{port}/health")["waiting"] == 0:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        assert asked.communicate(timeout=60)[0].strip() == b"200"
-        assert process.wait(timeout=60) == 0
+        assert asked.communicate(timeout=600)[0].strip() == b"200"
+        assert process.wait(timeout=600) == 0
     finally:
         process.kill()

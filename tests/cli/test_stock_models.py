@@ -148,6 +148,8 @@ def test_what_cannot_be_kept_is_refused_by_name(
         "--budget sets the settings of a --method": ["--model", folder, "--budget", "8"],
         "compresses with its own bottleneck; leave out method": ["--method", "divprune"],
     }
+    if command in ("store", "batch"):
+        cases["maps are of what a bottleneck looked at"] = ["--model", folder, "--method", "none", "--maps"]
     for told, more in cases.items():
         code, _, err = run(capsys, *words, *more)
         assert code == 2 and told in err, (told, err)

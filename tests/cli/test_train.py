@@ -49,7 +49,7 @@ def test_a_stage_prints_its_table_and_report_and_saves_a_model(tmp_path: Path, c
         ("compress", ["--set", "stages.compress.compressor={name: hct}"], "hct"),
         ("compress", ["--set", "stages.compress.compressor={name: voco, colour: 3}"], "voco has no setting 'colour'"),
         ("compress", ["--set", "stages.compress.distill_weight=1"], "a teacher is needed: --teacher"),
-        ("compress", ["--mgvq", "no/such/file"], "no/such/file: no MGVQ weights there"),
+        ("compress", ["--mgvq", "no/such/file"], "no/such/file: no weights of quantizer mgvq there"),
         ("compress", ["--start", "no/such/folder"], "no/such/folder: no such folder"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 
 from .. import tiny_runs as tiny
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parents[2]
 WORLD = 2
 TIMEOUT_S = 900  # on a busy machine; 20 seconds alone
@@ -47,7 +48,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("work", ["fsdp", "native_fsdp"])
 def test_a_sharded_step_is_that_of_one_process(found: Found, work: str) -> None:
     """fully_shard by hand, or by transformers while loading: a gradient summed instead of averaged would go unnoticed."""
@@ -57,7 +57,6 @@ def test_a_sharded_step_is_that_of_one_process(found: Found, work: str) -> None:
         assert one["moved"] > 1e-3 and one["difference"] < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("work", ["fsdp", "native_fsdp"])
 def test_a_checkpoint_saved_from_shards_is_whole(found: Found, work: str) -> None:
     """The save crashed at the first sharded weight; and a process that gathers alone waits for the others for ever."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 import htc_vlm
 from htc_vlm import CompressedImages
-from htc_vlm.testing.families import FAMILIES, tiny_model
+from htc_vlm.testing.families import FAMILIES, PAD, START, tiny_model
 from htc_vlm.testing.processor import TinyProcessor
 
 QUESTIONS = ["what is it ?", "is there a cat at the top left ?"]
@@ -54,6 +54,22 @@ def test_answers_from_cached_images_are_those_of_the_pictures(family: str, name:
     expected = uncached(model, processor, 0, QUESTIONS, name, **METHODS[name])
     for ours, theirs in zip(cached.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_penalty_counts_the_words_before_a_cached_image() -> None:
+    """Qwen2.5-VL's generation_config penalises what was said: the cached text was not counted, and a filler was."""
+    model, processor = made("qwen2_5_vl")
+    model.generation_config.repetition_penalty = 1.7
+    options = {**OPTIONS, "output_scores": True, "max_new_tokens": 1}
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    cached = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, **options)
+    text = [processor.chat_template.replace("QUESTION", question) for question in QUESTIONS]
+    with torch.no_grad(), htc_vlm.apply(model, "divprune", n_keep=3):
+        expected = model.generate(**processor([0, 0], text), do_sample=False, **options)
+    # left padding and the processor's mark before the image, which nobody says, are penalised where the picture is given
+    others = [i for i in range(cached.scores[0].shape[1]) if i not in (PAD, START)]
+    torch.testing.assert_close(cached.scores[0][:, others], expected.scores[0][:, others], atol=2e-5, rtol=1e-5)
+    assert not torch.equal(cached.scores[0], cached.logits[0])
 
 
 def test_a_picture_of_several_tiles_is_one_entry() -> None:

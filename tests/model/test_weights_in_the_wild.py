@@ -20,7 +20,7 @@ from ..tinies import BOTTLENECK, IMAGE, N_PATCHES, TINY_CODE, batch, build, pixe
 
 HTC = {"name": "htc", "quantizer": TINY_CODE}
 MINI = {"name": "llava_mini", "n_tokens": 4, "n_fusion": 2}
-METHODS: list[dict[str, Any]] = [{"name": "voco"}, HTC, {"name": "qformer"}, MINI]
+METHODS: list[dict[str, Any]] = [{"name": "voco"}, HTC, {"name": "qformer", "width": 16, "n_layers": 2, "n_heads": 2}, MINI]
 
 
 # ----------------------------------------------------------------------------------------------------------- not there

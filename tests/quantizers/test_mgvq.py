@@ -6,11 +6,6 @@ Golden: tests/golden/mgvq_f16_g4.safetensors, recorded from github.com/MKJia/MGV
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from htc_vlm.convert.mgvq import mgvq_state_dict, ours
 from htc_vlm.quantizers import signed_pixels
 from htc_vlm.quantizers.mgvq import MGVQ, PRESETS, code_statistics
+from htc_vlm.quantizers.mgvq_official import mgvq_state_dict, ours
 from htc_vlm.train import train_quantizer as training
 from htc_vlm.train.train_quantizer import TokenizerTraining, stack_pictures, train_tokenizer
+
+from .. import processes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mgvq_f16_g4.safetensors"
 SMALL = {
@@ -292,20 +289,15 @@ def test_a_run_that_starts_from_an_earlier_tokenizer_begins_with_its_weights(tmp
 @pytest.mark.slow
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """Prevents a resume that repeats or skips a batch, or loses optimizer state or the dead-code randomness."""
-    train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "whole")
+    train_tokenizer(_pictures(), replace(SHORT, steps=20), tmp_path / "whole")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_mgvq as t; from dataclasses import replace;"
-        "t.train_tokenizer(t._pictures(), replace(t.SHORT, steps=80), sys.argv[2])"
+        "import sys; from dataclasses import replace; from tests.quantizers import test_mgvq as t;"
+        "t.train_tokenizer(t._pictures(), replace(t.SHORT, steps=20), sys.argv[1])"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "killed")])
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "training.pt").exists():
-        assert child.poll() is None and time.monotonic() < deadline, "the child ended or hung before a checkpoint"
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    report = train_tokenizer(_pictures(), replace(SHORT, steps=80), tmp_path / "killed")
-    assert 0 < report.resumed_at < 80
+    target = "htc_vlm.train.train_quantizer:_train_step"
+    processes.killed_at(target, 12, program, str(tmp_path / "killed"), path=Path(__file__).parents[2])
+    report = train_tokenizer(_pictures(), replace(SHORT, steps=20), tmp_path / "killed")
+    assert report.resumed_at == 8  # a checkpoint every 4 steps; the twelfth did not end
     whole, killed = MGVQ.load(tmp_path / "whole").state_dict(), MGVQ.load(tmp_path / "killed").state_dict()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()

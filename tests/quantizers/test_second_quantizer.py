@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from htc_vlm.quantizers import QUANTIZERS, Quantizer
+from htc_vlm.train.train_quantizer import TokenizerTraining, train_tokenizer
 
 from .. import tinies
 
@@ -65,10 +68,17 @@ def test_htc_runs_on_another_quantizer(channels: str) -> None:
     assert bool(torch.isfinite(one).all()) and (one - other).abs().max() > 1e-3
 
 
+def test_one_without_weights_cannot_be_trained(tmp_path: Path) -> None:
+    """The tokenizer stage trained MGVQ, whatever it was told."""
+    pictures = np.zeros((2, 32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match="quantizer block_means cannot be trained: it has no preset"):
+        train_tokenizer(pictures, TokenizerTraining(quantizer="block_means", crop=0), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("quantizer", "message"),
     [
-        ({"name": "nobody"}, "htc: unknown quantizer 'nobody'; known: block_means, mgvq"),
+        ({"name": "nobody"}, "htc: unknown quantizer 'nobody'; known: .*block_means.*mgvq"),
         ({"name": "block_means", "preset": "fine"}, "htc: quantizer preset is 'fine'; known: coarse"),
         ({"name": "block_means", "blocks": 2}, "htc: quantizer block_means has no option 'blocks'; known: block, levels"),
     ],

@@ -122,10 +122,10 @@ def listening(server: Server) -> Iterator[str]:
     eventually(lambda: one.started)
     yield f"http://127.0.0.1:{port}"
     one.should_exit = True
-    thread.join(60)
+    thread.join(600)
 
 
-def eventually(holds: Any, seconds: float = 30) -> None:
+def eventually(holds: Any, seconds: float = 600) -> None:
     """Fails unless `holds()` becomes true."""
     end = time.monotonic() + seconds
     while not holds():

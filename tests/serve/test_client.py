@@ -64,5 +64,5 @@ def add(address: str, number: int) -> str:
     out = io.BytesIO()
     scene(number).save(out, "png")
     request = urllib.request.Request(f"{address}/v1/images", out.getvalue(), {"Content-Type": "image/png"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=600) as response:
         return str(json.load(response)["id"])

@@ -479,7 +479,7 @@ def test_a_store_that_was_open_can_be_used_after_a_fork(tmp_path: Path) -> None:
         answer = context.Queue()
         process = context.Process(target=child, args=(answer,))
         process.start()
-        assert answer.get(timeout=60) == pytest.approx(images.kv.sum().item())
+        assert answer.get(timeout=600) == pytest.approx(images.kv.sum().item())
         process.join()
         store.put(*some(5, seed=1))
         assert len(store) == 10

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,8 @@ from torch import Tensor, nn
 
 from htc_vlm.compressors import COMPRESSORS, AppliedOnly, AttentionView, Compressor, ImageFeatures, Keep, PruneStep, Sizes
 from htc_vlm.testing import check_compressor
+
+from .. import processes
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ def test_pytest_is_not_needed() -> None:
         "import sys; sys.modules['pytest'] = None\n"
         "from htc_vlm.testing import check_compressor\nprint(len(check_compressor('divprune')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = processes.run_code(code)
     assert done.returncode == 0 and int(done.stdout) > 20, done.stderr

@@ -69,6 +69,14 @@ def test_a_yes_no_question_is_right_about_its_picture(root: Path) -> None:
     assert all((q.text.split()[3] == names[q.image]) == (q.answer == "yes") for q in yes_no)
 
 
+def test_as_many_questions_are_answered_yes_as_no(root: Path) -> None:
+    """One text of ten is answered yes. Asked once each, nine of ten answers were no; within four standard errors of half."""
+    asked = [q for seed in range(20) for q in fashion_mnist.sample_questions("train/0", 31, seed)]
+    yes_no = [q.answer for q in asked if q.kind == "yes/no"]
+    assert len(yes_no) == 600 and abs(yes_no.count("yes") - 300) < 4 * (600 / 4) ** 0.5
+    assert len({q.id for q in asked}) == len(asked)
+
+
 def test_pictures_are_read_in_order(root: Path) -> None:
     """Prevents a header read as pixels."""
     picture = fashion_mnist.picture("train/2")

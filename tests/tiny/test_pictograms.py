@@ -216,7 +216,7 @@ def test_answers_are_balanced() -> None:
 
 def test_question_texts_give_little_away() -> None:
     """At most ten points above guessing. Prevents kinds that can be answered blind."""
-    train = [q for i in range(1500) for q in pictograms.sample_questions(f"train/{i}", 12, seed=0)]
+    train = [q for i in range(1500) for q in pictograms.sample_questions(f"train/{i}", 12, 0, paired=False)]
     known = blind.question_only_baseline(train, pictograms.questions("test"))
     chance = {"name": 1 / 96, "on": 1 / 96, "beside": 1 / 96, "category": 1 / 12, "where": 1 / 4, "tile": 1 / 6}
     chance |= {"exist": 1 / 2, "size": 1 / 2, "turn": 1 / 4, "background": (1 / 8 + 1 / 4) / 2}
@@ -227,6 +227,19 @@ def test_weights_choose_the_kinds() -> None:
     """Prevents a curriculum that is ignored."""
     found = pictograms.sample_questions("train/3", 6, seed=0, weights={"exist": 1.0})
     assert len(found) == 6 and {question.kind for question in found} == {"exist"}
+
+
+@pytest.mark.parametrize("n", [17, 31, 56])
+def test_as_many_questions_are_answered_yes_as_no(n: int) -> None:
+    """At the numbers that presets draw and far above. A scene has few things to say yes to: of 31 different questions two of
+    three were "no", and models learned to say no."""
+    more = 0
+    for i in range(60):
+        asked = pictograms.sample_questions(f"train/{i}", n, 0, weights={"exist": 2.0, "name": 1.0, "turn": 1.0})
+        given = Counter(question.answer for question in asked if question.kind == "exist")
+        assert abs(given["yes"] - given["no"]) <= 1
+        more += given["yes"] - given["no"]
+    assert abs(more) <= 15  # of 60, where one is left over: by chance
 
 
 # ------------------------------------------------------------------------------------------------------- baselines

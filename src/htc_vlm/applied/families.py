@@ -11,14 +11,19 @@ Differs: a family overrides only what is its own; a model of no known family get
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
+
+OURS = "htc_vlm_"  # begins the model types of families with a bottleneck
 
 
 class Family:
@@ -30,6 +35,8 @@ class Family:
     tower: ClassVar[str] = "its vision tower has no place for methods here"
     tile_marks: ClassVar[bool] = False  # does the prompt have marks between the tiles of a picture?
     grid: ClassVar[str | None] = "it is not known where in the picture its tokens are"  # why there is none; None: there is
+    no_bottleneck: ClassVar[str | None] = None  # why no bottleneck can be put into it; None: one can
+    tells_pictures: ClassVar[bool] = True  # does get_image_features give one tensor for each picture?
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -54,6 +61,21 @@ class Family:
     def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
         """(rows, columns) of one image's tokens. position (axes, 1, n_patches): where there are axes. None: no grid."""
         return None
+
+    def size_of(self, number: int, images: Mapping[str, Any]) -> tuple[int, ...]:
+        """What decides the positions of a picture's tokens, beside their number. images: what get_image_features is given."""
+        return ()
+
+    def positions_of(self, size: tuple[int, ...]) -> Tensor | None:
+        """(axes, N) positions of a picture's tokens where what follows the picture is at 0; None: counted up to -1."""
+        return None
+
+    def whole_pictures(self, lengths: Sequence[int], images: Mapping[str, Any]) -> list[Tensor]:
+        """(3, height, width) normalised pixels of each whole picture, from those that the model was given.
+
+        lengths: tokens of each picture.
+        """
+        raise ValueError(f"where the whole picture is in the pixels of {type(self.model).__name__} is not known; use voco")
 
     def check(self, method: Compressor) -> None:
         """ValueError for a method that cannot act on this family, saying what does."""
@@ -106,6 +128,12 @@ class LlavaNext(Family):
     tower = "tiles are cut to the picture's shape after the projector, for which each tile must keep its grid"
     grid = "an image is an overview and tiles with newlines"
 
+    def whole_pictures(self, lengths: Sequence[int], images: Mapping[str, Any]) -> list[Tensor]:
+        pixels: Tensor = images["pixel_values"]
+        if pixels.ndim != 5:
+            raise ValueError(f"pixel_values must be (pictures, tiles, 3, height, width), got {tuple(pixels.shape)}")
+        return list(pixels[:, 0])  # the overview comes first
+
 
 class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT, on SigLIP."""
@@ -122,11 +150,20 @@ class InternVL(Family):
     model_types = ("internvl",)
     tower = "pixel shuffle needs each tile's whole grid after the tower"
     grid = None
+    tells_pictures = False
 
-    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+    @property
+    def n_tile(self) -> int:
+        """Tokens of one tile."""
         vision = self.model.config.vision_config
         sides = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
-        n_tile = int(math.prod(sides) * self.model.config.downsample_ratio**2)
+        return int(math.prod(sides) * self.model.config.downsample_ratio**2)
+
+    def whole_pictures(self, lengths: Sequence[int], images: Mapping[str, Any]) -> list[Tensor]:
+        return last_tiles(images["pixel_values"], [n // self.n_tile for n in lengths])
+
+    def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
+        n_tile = self.n_tile
         if n_patches != n_tile:
             raise ValueError(
                 f"this image is {n_patches // n_tile} tiles of InternVL, which have no common grid; give the processor "
@@ -143,10 +180,21 @@ class SmolVLM(Family):
     tower = "pixel shuffle needs each tile's whole grid after the tower"
     tile_marks = True
     grid = None
+    tells_pictures = False
+
+    def whole_pictures(self, lengths: Sequence[int], images: Mapping[str, Any]) -> list[Tensor]:
+        tiles = images["pixel_values"].flatten(0, 1)
+        tiles = tiles[(tiles != 0).flatten(1).any(dim=1)]  # the others are padding
+        return last_tiles(tiles, [n // self.n_tile for n in lengths])
+
+    @property
+    def n_tile(self) -> int:
+        """Tokens of one tile."""
+        config = self.model.config
+        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
 
     def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
-        config = self.model.config
-        n_tile = int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
+        n_tile = self.n_tile
         if n_patches != n_tile:
             raise ValueError(
                 f"this image is {n_patches // n_tile} tiles of {type(self.model).__name__}, which have no common grid; give "
@@ -172,11 +220,43 @@ class QwenVL(Family):
         return rows, columns
 
 
+    def size_of(self, number: int, images: Mapping[str, Any]) -> tuple[int, ...]:
+        """Frames, rows and columns of a picture's tokens."""
+        merge = self.model.config.vision_config.spatial_merge_size
+        frames, height, width = (int(n) for n in images["image_grid_thw"][number])
+        return frames, height // merge, width // merge
+
+    def positions_of(self, size: tuple[int, ...]) -> Tensor | None:
+        axes = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
+        return torch.stack(axes).flatten(1) - max(size[1:])  # text goes on behind the longer side
+
+    def whole_pictures(self, lengths: Sequence[int], images: Mapping[str, Any]) -> list[Tensor]:
+        vision = self.model.config.vision_config
+        merge, patch, frames = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+        rows = images["pixel_values"].split([n * merge**2 for n in lengths])
+        pictures = []
+        for number, flat in enumerate(rows):
+            _, height, width = self.size_of(number, images)
+            blocks = flat.view(height, width, merge, merge, -1, frames, patch, patch)[..., 0, :, :]
+            pictures.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, height * merge * patch, width * merge * patch))
+        return pictures
+
+
 class Qwen3VL(QwenVL):
     """As Qwen2.5-VL; the first layers add deeper features of the tower, which leave with their tokens."""
 
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
+    no_bottleneck = "its first layers add deep features of the tower to the visual tokens, which a compress pass does not"
+
+
+def last_tiles(tiles: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """(tiles, 3, height, width) of pictures that have so many each -> the last of each, which shows the whole picture.
+
+    >>> [int(tile) for tile in last_tiles(torch.arange(5), [1, 3, 1])]
+    [0, 3, 4]
+    """
+    return [tiles[end - 1] for end in itertools.accumulate(counts)]
 
 
 KNOWN: tuple[type[Family], ...] = (Llava, LlavaNext, LlavaOnevision, InternVL, SmolVLM, QwenVL, Qwen3VL)
@@ -200,10 +280,13 @@ def family_of(model: Any) -> Family:
         )
     if isinstance(model, LlavaForConditionalGeneration):
         return Llava(model)
-    for family in KNOWN:
-        if model.config.model_type in family.model_types:
-            return family(model)
-    return Family(model)
+    return family_class(model.config.model_type)(model)
+
+
+def family_class(model_type: str) -> type[Family]:
+    """The family of a model type, of ours with a bottleneck (`htc_vlm_internvl`) too; the defaults where it is not known."""
+    stock = model_type.removeprefix(OURS)
+    return next((family for family in KNOWN if stock in family.model_types), Family)
 
 
 def has_clip_tower(family: Family) -> bool:

@@ -53,17 +53,20 @@ def ready_mask(
 def mask_over_kv(
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | dict[str, Tensor] | None,
     cache: Cache,
     position_ids: Tensor,
     kv_positions: Tensor,
-) -> Tensor:
+) -> Any:
     """The mask for text with images in its midst, answered from a cache: a token sees the images before it only.
 
     kv_positions (B, n_cells): the position of each cached bottleneck token; the kv are the first n_cells columns. With a
     static cache generate has made the 4-D mask already, which is narrowed.
     """
     n_cells = kv_positions.shape[1]
+    if isinstance(attention_mask, dict):  # generate's own, one for each kind of layer
+        seen = kv_positions[:, None, :] < position_ids[:, :, None]
+        return {kind: _narrowed(mask, seen) for kind, mask in attention_mask.items()}
     if attention_mask is not None and attention_mask.ndim == 4:
         return _narrowed(attention_mask, kv_positions[:, None, :] < position_ids[:, :, None])
     if attention_mask is None:
@@ -176,6 +179,12 @@ def compute_dtype(module: nn.Module, other: torch.dtype) -> torch.dtype:
     """The dtype that a module computes in: of its first weight in floating point, else `other`. Quantised weights (int8, packed
     4 bits) say nothing; their biases do."""
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), other)
+
+
+def in_unit_range(pixel_values: Tensor, config: Any) -> Tensor:
+    """Pixels (B, 3, height, width), normalised as config.image_mean and image_std say -> in [0, 1]."""
+    mean, std = (torch.tensor(one, device=pixel_values.device) for one in (config.image_mean, config.image_std))
+    return (pixel_values.float() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)).clamp(0, 1)
 
 
 NO_CLASS_TOKEN = ("efficientnet_lite", "siglip_vision_model")  # towers whose features are patches and nothing else

@@ -103,7 +103,7 @@ def join_tiles(input_ids: Tensor, image: Tensor) -> Tensor:
         tiles = {tile: (row.index(tile), len(row) - row[::-1].index(tile)) for tile in dict.fromkeys(row) if tile}
         mark, end = closing_mark(ids, list(tiles.values())), None
         for tile, (first, behind) in tiles.items():
-            between = [] if end is None else ids[end:first]
+            between: list[int] = [] if end is None else ids[end:first]
             is_same = mark is not None and len(between) <= MARK_TOKENS and between.count(mark) == 1
             number += not is_same
             renamed[tile], end = number, behind

@@ -16,8 +16,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from htc_vlm.batch.journal import Journal
 from htc_vlm.batch.questions import Questions, names_of
 from htc_vlm.batch.sources import Ref, refs_of
-from htc_vlm.batch.steps import Columns, Settings, columns_of, is_ready, store_of
-from htc_vlm.model.loading import load
+from htc_vlm.batch.steps import Columns, Settings, columns_of, store_of
+from htc_vlm.model.loading import find, load
 
 Engine = Callable[[Sequence[Columns], Settings], Iterator[Columns]]
 
@@ -42,7 +42,7 @@ def run(
 ) -> Report:  # fmt: skip
     """Compress the pictures of a source into a store, and ask; start it again to go on. ValueError for what cannot be run."""
     refs, folder = refs_of(source), Path(source)
-    model, store = is_ready(settings).absolute(), Path(settings.store).absolute()
+    model, store = find(settings.model).absolute(), Path(settings.store).absolute()
     settings = replace(settings, model=str(model), store=str(store))
     recipe = _make_store(settings)
     about = {"questions": questions.digest, "recipe": recipe, "max_new_tokens": settings.max_new_tokens}

@@ -20,9 +20,11 @@ from PIL import Image
 from htc_vlm import compressors
 from htc_vlm.batch.sources import Ref
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
+from htc_vlm.model import bottlenecks
+from htc_vlm.model.add_compressor import LLAVA_TYPES
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.loading import OURS, find, load, load_processor, model_type, to_device
+from htc_vlm.model.loading import find, load, load_processor, model_type, to_device
 from htc_vlm.model.prefix_cache import own_bottleneck
 from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.store import ImageStore
@@ -52,8 +54,8 @@ class Settings:
 class Decode:
     """Columns of `Ref` -> path, id, asked, error, is_new and pixels (n, 3, height, width) float32.
 
-    Broken pictures come with their error; those that the store has are not decoded. Of a model without a bottleneck, whose
-    processor makes of each picture what it likes, `content` are the files as they are, instead of pixels.
+    Broken pictures come with their error; those that the store has are not decoded. Of a model that is no LLaVA with a
+    bottleneck, whose processor makes of each picture what it likes, `content` are the files as they are, instead of pixels.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -98,10 +100,10 @@ class Decode:
         return {**about, "error": np.array(errors, dtype=object), "is_new": is_new, "pixels": spread}
 
     def _tools(self) -> tuple[Any, ImageStore, tuple[int, ...]]:
-        """The processor (None: a stock model's), the store, and the shape of one picture's pixels."""
+        """The processor (None: pictures are carried as files), the store, and the shape of one picture's pixels."""
         if self._made is None:
             folder, store = find(self.settings.model), ImageStore.open(self.settings.store, read_only=True)
-            if not keeps_bottleneck(folder):
+            if not carries_pixels(folder):
                 self._made = None, store, ()
                 return self._made
             processor = load_processor(folder, HtcVlmConfig.from_pretrained(folder))
@@ -154,7 +156,7 @@ class CompressAndAsk:
         for start in range(0, len(pairs), ASK_AT_ONCE):
             part = slice(start, start + ASK_AT_ONCE)
             texts = [question for _, question in pairs[part]]
-            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)  # type: ignore[arg-type]
+            answers += self.answerer.ask(images, which[part], texts, self.settings.max_new_tokens)
         given = iter(answers)
         rows: list[tuple[Any, ...]] = []
         for i, error in enumerate(errors):
@@ -169,8 +171,8 @@ class CompressAndAsk:
         """Compress what is new and put it in the store, with the names of all. Each row's error."""
         errors = [str(error) for error in batch["error"]]
         first = {str(batch["id"][i]): int(i) for i in reversed(np.flatnonzero(batch["is_new"]))}
-        if first and self.is_stock:
-            broken = self._keep_stock(batch, first)
+        if first and "content" in batch:
+            broken = self._keep_files(batch, first)
             errors = [error or broken.get(str(id), "") for error, id in zip(errors, batch["id"], strict=True)]
         elif first:
             import torch
@@ -184,7 +186,7 @@ class CompressAndAsk:
         self._name([(str(batch["path"][i]), str(batch["id"][i])) for i, error in enumerate(errors) if not error])
         return errors
 
-    def _keep_stock(self, batch: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, str]:
+    def _keep_files(self, batch: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, str]:
         """id -> why its picture cannot be kept. One at a time: pictures of other sizes may have other counts of entries."""
         broken = {}
         for id, i in first.items():
@@ -217,14 +219,12 @@ def store_of(settings: Settings, model: Any, processor: Any) -> ImageStore:
 
 def keeps_bottleneck(folder: Path) -> bool:
     """Has a checkpoint a bottleneck? Read from its configuration."""
-    if model_type(folder) not in OURS:
+    return bottlenecks.is_ours(model_type(folder)) or carries_pixels(folder)
+
+
+def carries_pixels(folder: Path) -> bool:
+    """Is it a LLaVA with a bottleneck? Then all pictures have pixels of one shape; others are carried as files."""
+    if model_type(folder) not in LLAVA_TYPES:
         return False
     return bool(compressors.build(**HtcVlmConfig.from_pretrained(folder).compressor).n_bottleneck)
 
-
-def is_ready(settings: Settings) -> Path:
-    """The checkpoint's folder. ValueError, before anything is loaded, for one whose images cannot be kept so."""
-    folder = find(settings.model)
-    if settings.maps and not keeps_bottleneck(folder):
-        raise ValueError(f"maps are of what a bottleneck looked at, which model {settings.model!r} does not have")
-    return folder

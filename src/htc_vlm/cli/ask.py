@@ -138,7 +138,7 @@ class Asked:
 
     def __init__(self, options: argparse.Namespace, questions: list[str]) -> None:
         from htc_vlm import load
-        from htc_vlm.model import prefix_cache
+        from htc_vlm.model import bottlenecks, prefix_cache
         from htc_vlm.model.answering import Answerer
         from htc_vlm.model.loading import to_device
         from htc_vlm.model.stock_answering import StockAnswerer, is_stock
@@ -150,6 +150,8 @@ class Asked:
         if (options.heatmap or options.verbose) and is_stock(self.model):
             told = f"which {options.model!r} does not have; use e.g. tiny"
             raise ValueError(f"--heatmap and --verbose are about a bottleneck, {told}")
+        if (options.heatmap or options.verbose) and bottlenecks.is_ours(self.model.config.model_type):
+            raise ValueError("--heatmap and --verbose are for LLaVA, whose pictures all have one grid; leave them out")
         if options.heatmap and not has_bottleneck:
             raise ValueError(f"model {options.model!r} has no bottleneck, which --heatmap needs; use e.g. tiny")
         if is_stock(self.model) or (is_cached and not has_bottleneck):

@@ -1,4 +1,4 @@
-"""`htc-vlm convert LLAVA --compressor htc --mgvq FILE --output DIR`: a LLaVA checkpoint with a compressor, ready to train.
+"""`htc-vlm convert MODEL --compressor htc --mgvq FILE --output DIR`: a checkpoint with a compressor, ready to train.
 
 Source:  ours.
 Differs: nothing known.
@@ -17,7 +17,8 @@ from htc_vlm.settings import from_pairs
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog="htc-vlm convert", description=run.__doc__)
-    arguments.add_argument("llava", type=Path, help="folder of a Hugging Face LLaVA, an original LLaVA-1.5, or ours")
+    told = "folder of a Hugging Face LLaVA, an original LLaVA-1.5, another family (docs/families.md), or ours"
+    arguments.add_argument("llava", type=Path, metavar="MODEL", help=told)
     arguments.add_argument("--compressor", default="htc", help="name of the method (default: htc)")
     arguments.add_argument("--mgvq", type=Path, help="weights of the quantizer: an official file, or our folder")
     arguments.add_argument("--vision", type=Path, help="CLIP folder, for original checkpoints without a vision tower")
@@ -42,7 +43,7 @@ def compressor_options(name: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def run(argv: list[str]) -> int:
-    """Put a compressor into a LLaVA checkpoint and save the result with its processor."""
+    """Put a compressor into a LLaVA checkpoint, or a bottleneck into one of another family, and save it with its processor."""
     args = parser().parse_args(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output}: already there; give a new folder")
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> int:
     report = {
         "output": str(args.output),
         "compressor": model.config.compressor,
-        "visual_tokens": processor.n_visual,
+        "visual_tokens": getattr(processor, "n_visual", None),  # None: they differ between pictures
         "cached_tokens": compressor.n_bottleneck or processor.n_visual,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "of_compressor": sum(weight.numel() for weight in compressor.parameters()),

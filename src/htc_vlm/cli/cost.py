@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from htc_vlm import settings
@@ -52,12 +53,25 @@ def find_model(model: str, picture: tuple[int, int]) -> Model:
     if llava_original.is_original_layout(folder):
         options = llava_original.options_of(folder)
         n_patches, text_config = options["image_seq_length"], options["text_config"]
+    elif is_family(folder):
+        raise ValueError(
+            f"{folder}: how many tokens a picture has in this family depends on the picture; give a public name, with "
+            f"--picture: {', '.join(SHAPES)}"
+        )
     elif "text_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         config = HtcVlmConfig.from_pretrained(folder)
         n_patches, text_config = sizes_of(config).n_patches, config.text_config
     else:
         raise ValueError(f"{folder}: its config.json has no text_config, so it is no LLaVA, nor an original LLaVA-1.5")
     return Model(n_patches, cost.DecoderShape.from_config(text_config), lambda method: None)
+
+
+def is_family(folder: Path) -> bool:
+    """Is it a checkpoint of a known family other than LLaVA?"""
+    from htc_vlm.applied.families import Family, Llava, family_class
+    from htc_vlm.model.loading import model_type
+
+    return family_class(model_type(folder)) not in (Family, Llava)
 
 
 def default_budget(n_patches: int) -> int:

@@ -20,14 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaTokenizer,
-    LlavaImageProcessor,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlamaTokenizer
 
 IMAGE_TOKEN = "<image>"
 PAD_VOCABULARY_TO = 64  # as transformers' conversion: 32000 -> 32064, so that <voco> needs no new row
@@ -266,6 +259,8 @@ def _vision_config(config: Mapping[str, Any], tower: Path | None) -> CLIPVisionC
 
 def _image_processor(config: Mapping[str, Any], tower: Path | None, vision: CLIPVisionConfig) -> Any:
     """LLaVA's image processor with the tower's normalisation; pads to a square where the checkpoint was trained so."""
+    from transformers import LlavaImageProcessor  # here: without torchvision its import warns whoever loads a model
+
     has_file = tower is not None and (tower / "preprocessor_config.json").is_file()
     clip = AutoImageProcessor.from_pretrained(tower) if has_file else LlavaImageProcessor()
     return LlavaImageProcessor(

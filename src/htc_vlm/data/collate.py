@@ -97,6 +97,7 @@ def join_images(samples: Sequence[Sample]) -> dict[str, Tensor]:
     with_images = [sample for sample in samples if sample.images]
     if not with_images:
         return {}
+    with_images = _with_equal_tiles(with_images)
     first = with_images[0]
     shapes = {name: tensor.shape[1:] for name, tensor in first.images.items()}
     for sample in with_images:
@@ -107,6 +108,23 @@ def join_images(samples: Sequence[Sample]) -> dict[str, Tensor]:
                 f"{_listing(shapes)} and {_listing(found)}; prepare all pictures with one image processor"
             )
     return {name: torch.cat([sample.images[name] for sample in with_images]) for name in shapes}
+
+
+def _with_equal_tiles(samples: list[Sample]) -> list[Sample]:
+    """Pictures in tiles (n, tiles, 3, height, width), and masks of their pixels, get empty tiles up to the most there are."""
+    tiled = ("pixel_values", "pixel_attention_mask")
+    if any(sample.images.get("pixel_values", torch.empty(0)).ndim != 5 for sample in samples):
+        return samples
+    most = max(sample.images["pixel_values"].shape[1] for sample in samples)
+
+    def padded(name: str, tensor: Tensor) -> Tensor:
+        if name not in tiled:
+            return tensor
+        return torch.cat((tensor, tensor.new_zeros(len(tensor), most - tensor.shape[1], *tensor.shape[2:])), dim=1)
+
+    return [
+        Sample(sample.encoded, {name: padded(name, tensor) for name, tensor in sample.images.items()}) for sample in samples
+    ]
 
 
 def _listing(shapes: dict[str, torch.Size]) -> str:

@@ -180,7 +180,7 @@ def run_task(
     with _locked(folder):
         _same_settings(folder / "settings.json", settings)
         _no_smaller_result(folder / "result.json", len(chosen))
-        answers = _ask_open(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
+        answers = ask_items(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
         result = _scored(task, chosen, answers, folder) | {
             "split": split,
             "limit": limit,
@@ -245,10 +245,14 @@ def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], f
     }
 
 
-def _ask_open(
+def ask_items(
     answerer: Answerer, task: Task, items: Sequence[Item], chosen: Sequence[Item], path: Path, batch_size: int
 ) -> dict[str, Answer]:
-    """Ask what the file does not answer yet; -> all answers, re-read from the file."""
+    """Ask those of `chosen` that the file `path` does not answer yet -> all its answers, re-read, by question id.
+
+    items: every question that the file may hold. What was answered is in the file when this is cut off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         repair_tail(path)
     answers = read_answers(path, items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
+from htc_vlm.model import bottlenecks  # noqa: F401  (registers the other families)
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, HtcVlmModel

@@ -64,12 +64,12 @@ def add(model: Any, settings: LoraSettings | None = None) -> None:
             f"an adapter acts while an image is read, and {compressor.name!r} is trained in one pass with the text; use "
             "readers (n_readers: 1, n_looks: 1 is VoCo-LLaMA's bottleneck)"
         )
-    model.adapter = {"lora": asdict(settings), "base": weights_digest(model.model.language_model)}
+    model.adapter = {"lora": asdict(settings), "base": weights_digest(model.get_decoder())}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules)
     )
-    inject_adapter_in_model(config, model.model.language_model, adapter_name=NAME)
-    for layer in _layers(model.model.language_model):
+    inject_adapter_in_model(config, model.get_decoder(), adapter_name=NAME)
+    for layer in _layers(model.get_decoder()):
         layer._disable_adapters = True  # the flag alone: peft's enable_adapters would also stop the weights from learning
 
 

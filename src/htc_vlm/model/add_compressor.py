@@ -7,6 +7,7 @@ Differs: nothing is loaded half: a missing or unexpected weight is an error that
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from htc_vlm import compressors
 from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
-from htc_vlm.convert.mgvq import mgvq_state_dict
 from htc_vlm.data.prompts import VICUNA_V1
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
@@ -29,10 +28,10 @@ from htc_vlm.model.load_report import holds_weights, without_load_report
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
 from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
-from htc_vlm.quantizers.mgvq import MGVQ
 
 BOTTLENECK_TOKEN = "<voco>"
 QUANTIZER = "model.compressor.quantizer."
+LLAVA_TYPES = ("llava", "htc_vlm")
 NO_QUANTIZER = "this compressor's quantizer has no weights yet; give an MGVQ file (mgvq=..., --mgvq FILE)"
 # Sizes of the checkpoints that presets may name as `base`, from their config.json.
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
@@ -55,7 +54,6 @@ __all__ = [
     "is_original_layout",
     "llava_state_dict",
     "meta_model",
-    "mgvq_state_dict",
     "with_compressor",
 ]
 
@@ -67,22 +65,30 @@ def with_compressor(
     dtype: torch.dtype | str = "auto",
     allow_untrained_quantizer: bool = False,
     vision: str | os.PathLike[str] | None = None,
-) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+) -> tuple[Any, Any]:
     """A LLaVA checkpoint (ours, Hugging Face's or the original) with another compressor: where the compress stage starts.
+    Checkpoints of other families (`bottlenecks.STOCK`) get a bottleneck, see `add_to_family.with_bottleneck`.
 
     mgvq: file or folder with the quantizer's weights (ours or the official ones); needed by htc with a code, unless
     the checkpoint already holds one of the same shape. vision: a CLIP folder, for original checkpoints without their
     vision tower. Raises ValueError for weights that do not fit.
     """
+    kind = family_type(path)
+    if kind is not None:
+        from htc_vlm.model.add_to_family import with_bottleneck
+
+        if vision is not None:
+            raise ValueError(f"{path}: a {kind} checkpoint has its own vision tower; leave out --vision")
+        return with_bottleneck(path, kind, compressor, mgvq, dtype, allow_untrained_quantizer)
     base = _read_base(path, compressor, vision)
     if mgvq is None and not allow_untrained_quantizer:
         _refuse_missing_quantizer(base)
-    with without_load_report():  # _check_fit says what is missing
+    with without_load_report():  # check_fit says what is missing
         model, info = HtcVlmForConditionalGeneration.from_pretrained(
             base.path, config=base.config, state_dict=base.state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    _check_fit(path, info)
+    check_fit(path, info)
     check_defaults(model.generation_config, path)
     check_decoder(model)
     if base.state is not None:  # the original's generate never meets <image>; ours could write it
@@ -91,7 +97,7 @@ def with_compressor(
         add_bottleneck_token(model, base.tokenizer)
     quantizer = [name for name in info["missing_keys"] if name.startswith(QUANTIZER)]
     if mgvq is not None:
-        load_mgvq(model, mgvq)
+        load_quantizer(model, mgvq)
     elif quantizer and not allow_untrained_quantizer:
         raise ValueError(NO_QUANTIZER)
     processor = HtcVlmProcessor.for_config(
@@ -101,6 +107,13 @@ def with_compressor(
         processor.set_style(VICUNA_V1)
     model.image_processor = processor.image_processor
     return model, processor
+
+
+def family_type(path: str | os.PathLike[str]) -> str | None:
+    """The model type of a checkpoint of another family than LLaVA; None for LLaVA's, and where there is no config.json."""
+    file = Path(path) / "config.json"
+    kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type")) if file.is_file() else "llava"
+    return None if kind in LLAVA_TYPES or is_original_layout(path) else kind
 
 
 def _refuse_missing_quantizer(base: _Base) -> None:
@@ -149,7 +162,7 @@ def _read_base(
     return _Base(path, None, config, processor.tokenizer, processor.image_processor, options)
 
 
-def _check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+def check_fit(path: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
     """ValueError, naming some, unless every weight outside the compressor was found in its right size."""
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("model.compressor."))
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("model.compressor."))
@@ -206,10 +219,10 @@ def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) 
     return token_id
 
 
-def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
-    """Load a quantizer's encoder and codebooks (an MGVQ.save folder, or an official .pt/.safetensors file); strict."""
+def load_quantizer(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
+    """Load the weights that the compressor's quantizer reads from a file or folder (`Quantizer.read_weights`); strict."""
     quantizer: Any = model.model.compressor.quantizer
-    state = read_mgvq(path) if isinstance(quantizer, MGVQ) else quantizer.read_weights(Path(path))
+    state = quantizer.read_weights(Path(path))
     wanted = quantizer.state_dict()
     kept = {name: value for name, value in state.items() if not name.startswith(("decoder.", "post_quant_conv."))}
     wrong = sorted(set(wanted) ^ set(kept)) + [n for n in wanted if n in kept and wanted[n].shape != kept[n].shape]
@@ -218,17 +231,3 @@ def load_mgvq(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str
             f"{path}: not the quantizer that this compressor was configured for; first difference: {wrong[0]}"
         )
     quantizer.load_state_dict(kept)
-
-
-def read_mgvq(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Our own folder or file as it is; official files renamed."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no MGVQ weights there (a folder written by MGVQ.save, or an official file)")
-    state = (
-        load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    )
-    ours = any(name.startswith("quantizer.") for name in state)
-    return dict(state) if ours else mgvq_state_dict(state)

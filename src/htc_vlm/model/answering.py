@@ -16,8 +16,6 @@ from torch import Tensor
 
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import greedy
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
-from htc_vlm.model.processing import HtcVlmProcessor
 from htc_vlm.model.recipe import Recipe
 
 
@@ -33,16 +31,17 @@ class AskLike(Protocol):
 
 
 class Answerer:
-    """Greedy answers. Pictures are encoded once (compressed where the model can) and shared by their questions.
+    """Greedy answers of a LLaVA, or of another family with a bottleneck of its own (bottlenecks.py).
 
+    Pictures are encoded once (compressed where the model can) and shared by their questions.
     cache: "dynamic" or "static", for answers from compressed pictures: see `generate`'s cache_implementation.
     keep_pixels: give the model pixels with every question, as applied methods that act in the vision tower need.
     """
 
     def __init__(
         self,
-        model: HtcVlmForConditionalGeneration,
-        processor: HtcVlmProcessor,
+        model: Any,
+        processor: Any,
         cache: str = "dynamic",
         keep_pixels: bool = False,
     ) -> None:
@@ -68,13 +67,13 @@ class Answerer:
     def encode(self, pictures: Sequence[Image.Image], maps: bool = False) -> CompressedImages | Tensor:
         """Pictures -> their cells; for methods without a bottleneck the vision tower's features (N, P, width), or the
         pixels (N, 3, H, W) with `keep_pixels`. maps: compressed pictures keep where the bottleneck looked."""
-        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.model.device, self.model.dtype)
+        given = self.processor(images=list(pictures), return_tensors="pt")
+        device, dtype = self.model.device, self.model.dtype
+        inputs = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in given.items()}
         if self.model.model.compressor.n_bottleneck:
             _check_processor(self.model, self.processor)
-            return self.model.compress(
-                pixel_values=pixels, maps=maps, image_processor=self.processor.image_processor
-            )
+            return self.model.compress(**inputs, maps=maps, image_processor=self.processor.image_processor)
+        pixels = inputs["pixel_values"]
         if self.keep_pixels:
             return pixels
         return self.model.model.vision_features(pixel_values=pixels)
@@ -130,7 +129,7 @@ class Answerer:
         return [word for word in question.split() if unknown in tokenizer.encode(word, add_special_tokens=False)]
 
 
-def _check_processor(model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor) -> None:
+def _check_processor(model: Any, processor: Any) -> None:
     """ValueError for another image processor than the model's own: its images would not be this model's. One is adopted
     by a model without."""
     given = processor.image_processor

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import select_hidden_states
 from htc_vlm import compressors
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import ImageFeatures
-from htc_vlm.model import fast_prefill, reading
+from htc_vlm.model import compressing, reading
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.movable import check_movable
 from htc_vlm.model.prefusion import ImagesToFuse, fuse
@@ -113,10 +113,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
 
     def denormalise(self, pixel_values: Tensor) -> Tensor:
         """pixel_values -> (B, 3, height, width) in [0, 1]."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(shape)
-        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(shape)
-        return (pixel_values.float() * std + mean).clamp(0, 1)
+        return hf_compat.in_unit_range(pixel_values, self.config)
 
     # ---------------------------------------------------------------- one pass
     def forward(
@@ -237,7 +234,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 "this pass keeps no cache; call model.compress(...) and pass compressed=..., or model.generate(...)"
             )
         layout = self.layout(input_ids, attention_mask, question_ids)
-        self._check_bottlenecks(layout)
+        compressing.check_bottlenecks(layout, self.compressor)
         n_entries = reading.budget(compressor, self.training)
         if n_entries < compressor.n_bottleneck:
             layout = reading.first_entries(layout, compressor.n_bottleneck, n_entries)
@@ -280,7 +277,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
         if not has_image and question_ids is None:
             return attention_mask, position_ids  # text only: plain LLaVA
         if has_image and self.compressor.n_bottleneck:
-            self._check_bottlenecks(layout)
+            compressing.check_bottlenecks(layout, self.compressor)
             if cache is not None or kwargs.get("use_cache"):
                 raise ValueError(
                     "a masked pass keeps no cache: it would show the visual tokens to what follows. Call "
@@ -304,66 +301,23 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             input_ids, attention_mask, self.config.image_token_id, bottleneck, question_ids
         )
 
-    def _check_bottlenecks(self, layout: TokenLayout) -> None:
-        n_images = int(layout.image.max(dim=1).values.sum())
-        n_bottleneck = int(layout.is_bottleneck.sum())
-        if n_bottleneck != n_images * self.compressor.n_bottleneck:
-            raise ValueError(
-                f"{n_images} images need {self.compressor.n_bottleneck} bottleneck tokens each after their "
-                f"placeholders, the prompts have {n_bottleneck}: text would not see the image. Use HtcVlmProcessor "
-                "with this model's settings"
-            )
-
     # ---------------------------------------------------------------- compress
     @torch.no_grad()
     def compress_visual(self, visual: Tensor, path: str = "auto", n_entries: int | None = None) -> Tensor:
         """(N, C, D) visual tokens -> their kv (N, layers, 2, kv heads, K, head_dim): the language model's part of
         `compress`. path: "general" is the masked pass, "auto" takes the fast path of fast_prefill.py where it applies,
         "fast" refuses (ValueError) where it does not."""
-        check_movable(self.compressor.name, self.language_model, visual.shape[1] + self.compressor.n_bottleneck)
-        if self.compressor.reads_apart:
-            n_entries = self.compressor.n_bottleneck if n_entries is None else n_entries
-            return reading.read(self.language_model, self.compressor, visual, n_entries, path)
-        n_bottleneck = self.compressor.n_bottleneck
-        if fast_prefill.takes_fast_path(path, self.language_model, self.compressor, visual.shape[1] + n_bottleneck):
-            return fast_prefill.compress(self.language_model, visual, self._bottleneck_embeds(visual))
-        out, _ = self.compress_pass(visual)
-        return hf_compat.kv_from_cache(out.past_key_values, n_bottleneck)
+        bottleneck = compressing.bottleneck_embeds(self, self.compressor, visual)
+        return compressing.compress(self.language_model, self.compressor, visual, bottleneck, path, n_entries)
 
     def compress_pass(self, visual: Tensor, output_hidden_states: bool = False) -> tuple[Any, Tensor]:
         """(N, C, D) visual tokens -> the output of a pass over [visual; bottleneck] with cache; the position ids."""
-        if self.compressor.reads_apart:
+        bottleneck = compressing.bottleneck_embeds(self, self.compressor, visual)
+        if bottleneck is None:
             raise ValueError(f"{self.compressor.name} has no single pass over an image; use model/reading.py::look")
-        n_images, n_visual, _ = visual.shape
-        n_bottleneck = self.compressor.n_bottleneck
-        embeds = torch.cat((visual, self._bottleneck_embeds(visual).expand(n_images, -1, -1)), dim=1)
-        kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
-        layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
-        position_ids = torch.arange(-n_visual, n_bottleneck, device=visual.device).expand(n_images, -1)
-        visible = self.compressor.visible(layout)
-        if visible is None:
-            raise ValueError(f"compressor {self.compressor.name!r} has bottleneck tokens but no mask around them")
-        mask = hf_compat.ready_mask(self.language_model.config, embeds, None, visible)
-        out = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            output_hidden_states=output_hidden_states,
+        return compressing.run(
+            self.language_model, self.compressor, visual, bottleneck, output_hidden_states=output_hidden_states
         )
-        return out, position_ids
-
-    def _bottleneck_embeds(self, like: Tensor) -> Tensor:
-        """(K, D)"""
-        ids = torch.full((self.compressor.n_bottleneck,), self._bottleneck_id(), device=like.device)
-        return self.get_input_embeddings()(ids).to(like.dtype)
-
-    def _bottleneck_id(self) -> int:
-        if self.config.bottleneck_token_id is None:
-            raise ValueError(
-                f"compressor {self.compressor.name!r} needs config.bottleneck_token_id; htc_vlm.model.add_compressor adds it"
-            )
-        return int(self.config.bottleneck_token_id)
 
 
 def _goes_on(cache: Cache | None) -> bool:

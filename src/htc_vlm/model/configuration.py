@@ -53,18 +53,24 @@ class HtcVlmConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        options = dict(self.compressor or {})  # None is refused below
-        if "name" not in options:
-            raise ValueError(f"compressor needs a 'name', got {options}; known: {', '.join(compressors.names())}")
-        method = compressors.build(**options)
-        self.compressor = method.to_dict()
-        if method.n_bottleneck and self.bottleneck_token_id is not None:
-            if self.bottleneck_token_id == self.image_token_index:
-                raise ValueError(f"bottleneck_token_id and image_token_index are both {self.image_token_index}")
-            if not 0 <= self.bottleneck_token_id < self.text_config.vocab_size:
-                raise ValueError(
-                    f"bottleneck_token_id is {self.bottleneck_token_id}, the vocabulary has "
-                    f"{self.text_config.vocab_size} entries; use a free one (htc_vlm.model.add_compressor adds it)"
-                )
-        self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
-        self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std
+        check_settings(self)
+
+
+def check_settings(config: Any) -> None:
+    """Write out the compressor's settings, and how pixels are normalised. ValueError for what does not fit together."""
+    options = dict(config.compressor or {})  # None is refused below
+    if "name" not in options:
+        raise ValueError(f"compressor needs a 'name', got {options}; known: {', '.join(compressors.names())}")
+    method = compressors.build(**options)
+    config.compressor = method.to_dict()
+    if method.n_bottleneck and config.bottleneck_token_id is not None:
+        if config.bottleneck_token_id == config.image_token_id:
+            raise ValueError(f"bottleneck_token_id and image_token_index are both {config.image_token_id}")
+        n_words = config.get_text_config().vocab_size
+        if not 0 <= config.bottleneck_token_id < n_words:
+            raise ValueError(
+                f"bottleneck_token_id is {config.bottleneck_token_id}, the vocabulary has "
+                f"{n_words} entries; use a free one (htc_vlm.model.add_compressor adds it)"
+            )
+    config.image_mean = list(CLIP_MEAN) if config.image_mean is None else config.image_mean
+    config.image_std = list(CLIP_STD) if config.image_std is None else config.image_std

@@ -8,7 +8,7 @@ Only the bottleneck rows attend. The kv are the bottleneck's keys and values of 
     layer n - 1         visual rows: key and value only, for the bottleneck to look at
     layer n             bottleneck rows: key and value; nothing of the visual rows
 
-Source:  HTC-VLM Eq. 6 and Algorithm 1; transformers 5.23 for the decoder layers (Llama, Mistral, Qwen2).
+Source:  HTC-VLM Eq. 6 and Algorithm 1; transformers 5.23 for the decoder layers (Llama, Mistral, Qwen2, Qwen2.5-VL).
 Differs: the paper computes the masked pass densely. Sums are taken in another order, so results differ by rounding.
 """
 
@@ -23,16 +23,20 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from htc_vlm.compressors import Compressor
 from htc_vlm.compressors.voco import Bottleneck
+from htc_vlm.ops import rope
 
 PATHS = ("auto", "fast", "general")
 MAX_ROWS = 32768  # rows of one chunk: at 7B in bf16 about 5 GB of intermediate values, and past where products get faster
-KNOWN_MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
-KNOWN_LAYERS = (llama.LlamaDecoderLayer, mistral.MistralDecoderLayer, qwen2.Qwen2DecoderLayer)
-KNOWN_ATTENTION = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
-KNOWN_NORMS = (llama.LlamaRMSNorm, mistral.MistralRMSNorm, qwen2.Qwen2RMSNorm)
+KNOWN_MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen2_5_vl.Qwen2_5_VLTextModel)
+KNOWN_LAYERS = (
+    llama.LlamaDecoderLayer, mistral.MistralDecoderLayer, qwen2.Qwen2DecoderLayer, qwen2_5_vl.Qwen2_5_VLDecoderLayer,
+)  # fmt: skip
+KNOWN_ATTENTION = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen2_5_vl.Qwen2_5_VLAttention)
+KNOWN_NORMS = (llama.LlamaRMSNorm, mistral.MistralRMSNorm, qwen2.Qwen2RMSNorm, qwen2_5_vl.Qwen2_5_VLRMSNorm)
 
 
 # ------------------------------------------------------------------------------------------------------ does it apply?
@@ -103,28 +107,27 @@ class Turn:
         return heads * self.cos + llama.rotate_half(heads) * self.sin
 
 
-def compress(language_model: Any, visual: Tensor, bottleneck: Tensor) -> Tensor:
+def compress(language_model: Any, visual: Tensor, bottleneck: Tensor, positions: Tensor | None = None) -> Tensor:
     """(N, C, D) visual tokens and (K, D) bottleneck embeddings -> kv (N, layers, 2, kv heads, K, head_dim).
 
+    positions (axes, C): of the visual tokens, with the bottleneck at 0; None: counted up to -1.
     Call it only where `why_not` is None, without gradients. Images go in chunks of at most MAX_ROWS rows. Nothing here
     waits for the device.
     """
-    n_visual = visual.shape[1]
-    n_rows = n_visual + bottleneck.shape[0]
-    cos, sin = language_model.rotary_emb(visual, position_ids=_positions(n_visual, n_rows, visual.device))
-    turn = Turn(cos[:, :, None], sin[:, :, None])
+    n_bottleneck = bottleneck.shape[0]
+    n_rows = visual.shape[1] + n_bottleneck
+    turn = _turn(language_model, visual, n_bottleneck, positions)
     chunks = visual.split(max(1, MAX_ROWS // n_rows))
     return torch.cat([_compress_chunk(layers_of(language_model), chunk, bottleneck, turn) for chunk in chunks])
 
 
-def visual_kv(language_model: Any, visual: Tensor) -> Tensor:
+def visual_kv(language_model: Any, visual: Tensor, positions: Tensor | None = None) -> Tensor:
     """(N, C, D) visual tokens that attend only to themselves -> (N, layers, 2, kv heads, C, head_dim), without bottleneck.
 
-    The last visual token stands at -1. Under the same conditions as `compress`.
+    positions (axes, C), None: the last visual token stands at -1. Under the same conditions as `compress`.
     """
     n_visual = visual.shape[1]
-    cos, sin = language_model.rotary_emb(visual, position_ids=_positions(n_visual, n_visual, visual.device))
-    turn = Turn(cos[:, :, None], sin[:, :, None])
+    turn = _turn(language_model, visual, 0, positions)
     states, kv, layers = visual, [], layers_of(language_model)
     for layer in layers:
         key, value = _keys_values(layer, states, turn)
@@ -136,9 +139,10 @@ def visual_kv(language_model: Any, visual: Tensor) -> Tensor:
     return torch.stack(kv, dim=1)
 
 
-def _positions(n_visual: int, n_rows: int, device: torch.device) -> Tensor:
-    """(1, L): the first bottleneck token stands at 0."""
-    return torch.arange(-n_visual, n_rows - n_visual, device=device)[None]
+def _turn(language_model: Any, visual: Tensor, n_bottleneck: int, positions: Tensor | None) -> Turn:
+    ids = rope.around_image(visual.shape[1], n_bottleneck, positions, visual.device)
+    cos, sin = language_model.rotary_emb(visual, position_ids=rope.for_rows(ids, 1))
+    return Turn(cos[:, :, None], sin[:, :, None])
 
 
 def _compress_chunk(layers: list[Any], visual: Tensor, bottleneck: Tensor, turn: Turn) -> Tensor:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, LlavaForConditionalGeneration
+from transformers import Cache, GenerationMixin
 
 from htc_vlm.applied import hf_compat
-from htc_vlm.model import adapter, reading
+from htc_vlm.compressors import Compressor
+from htc_vlm.model import adapter, compressing
 from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.compressing import Group
 from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
 from htc_vlm.model.image_slots import Placed, place
 from htc_vlm.model.look_maps import byte_maps
 from htc_vlm.model.movable import check_movable
-from htc_vlm.model.pretrained import HtcVlmPreTrainedModel
 from htc_vlm.model.recipe import Recipe, recipe_of
 from htc_vlm.ops import rope
 
@@ -36,13 +37,24 @@ class Reserve:
     n_copies: int
 
 
-class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
-    """The half of HtcVlmForConditionalGeneration that compresses images and answers from them.
+class GeneratesOverKv(GenerationMixin):
+    """Mixed in front of a vision-language model with `model.compressor`: compresses images and answers from them.
 
+    IMAGE_INPUTS: the arguments that carry images; a model takes them in `image_groups`.
     image_processor: what makes this model's pixels, a part of the recipe; `load` sets it. None: not known.
     """
 
+    IMAGE_INPUTS: ClassVar[tuple[str, ...]] = ("pixel_values",)
     image_processor: Any = None
+
+    def image_groups(self, **images: Any) -> list[Group]:
+        """The images of a batch as the language model is to read them, those of one size together."""
+        raise NotImplementedError
+
+    @property
+    def _compressor(self) -> Compressor:
+        compressor: Compressor = self.model.compressor
+        return compressor
 
     # ---------------------------------------------------------------- compress
     @torch.no_grad()
@@ -55,69 +67,61 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         n_entries: int | None = None,
         maps: bool = False,
         image_processor: Any = None,
+        **inputs: Any,
     ) -> CompressedImages:
         """(N, 3, height, width) -> N images as kv, one cache entry (K for K bottleneck tokens) per layer each.
 
-        path: "auto", "fast" or "general", see `HtcVlmModel.compress_visual`. n_entries: fewer than K, where the compressor
+        inputs: what else the model's processor returns of images (image_sizes, image_grid_thw, ...).
+        path: "auto", "fast" or "general", see `compressing.compress`. n_entries: fewer than K, where the compressor
         was trained with nested budgets (`Compressor.budgets`).
         maps: keep where the bottleneck looked, too (`CompressedImages.maps`); a second pass over the image.
         image_processor: what made the pixels, where it is not the model's own.
         ValueError for methods without a bottleneck (they have nothing smaller to keep), and for other budgets.
         """
         self._need_bottleneck()
-        budgets = self.model.compressor.budgets
+        budgets = self._compressor.budgets
         if n_entries is not None and n_entries not in budgets:
             raise ValueError(
-                f"n_entries is {n_entries}; {self.model.compressor.name!r} with these settings compresses an image into "
+                f"n_entries is {n_entries}; {self._compressor.name!r} with these settings compresses an image into "
                 f"{', '.join(map(str, budgets))}"
             )
         made_by = self.recipe(image_processor).digest  # refuses weights that are not here, before anything is computed
-        visual = self.visual_tokens(pixel_values, patch_features, image_codes)
-        kv = self.model.compress_visual(visual, path=path, n_entries=n_entries)
-        seen = byte_maps(self.config.compressor, self._attention_over(visual)) if maps else None
-        return CompressedImages(kv, made_by, visual.shape[1], seen)
+        features = {"patch_features": patch_features, "image_codes": image_codes}
+        given = {name: value for name, value in features.items() if value is not None}
+        groups = self.image_groups(pixel_values=pixel_values, **given, **inputs)
+        embeds = compressing.bottleneck_embeds(self, self._compressor, groups[0].visual)
+        kv = compressing.compress_groups(self.get_decoder(), self._compressor, groups, embeds, path, n_entries)
+        n_visual = [group.cost for group, _ in compressing.in_order(groups)]
+        seen = self._maps(groups) if maps else None
+        return CompressedImages(kv, made_by, n_visual, seen)
 
     @torch.no_grad()
-    def bottleneck_attention(self, pixel_values: Tensor | None = None, **features: Tensor) -> Tensor:
+    def bottleneck_attention(self, pixel_values: Tensor | None = None, **inputs: Any) -> Tensor:
         """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from `compress`'s pass."""
         self._need_bottleneck()
-        return self._attention_over(self.visual_tokens(pixel_values, **features))
+        return self._attention_over(self.image_groups(pixel_values=pixel_values, **inputs))
 
-    def _attention_over(self, visual: Tensor) -> Tensor:
-        """(N, C, D) -> (N, layers, H, K, C + K)"""
-        if self.model.compressor.reads_apart:
-            return reading.attention(self.model.language_model, self.model.compressor, visual)
-        out, position_ids = self.model.compress_pass(visual, output_hidden_states=True)
-        return hf_compat.attention_of_last_rows(
-            self.model.language_model,
-            out.hidden_states,
-            out.past_key_values,
-            position_ids,
-            self.model.compressor.n_bottleneck,
-        )
+    def _attention_over(self, groups: list[Group]) -> Tensor:
+        """(N, layers, H, K, C + K) of images of one size; ValueError for others."""
+        if len(groups) > 1:
+            raise ValueError(f"these pictures have {len(groups)} sizes, and what was looked at has one shape; give one size")
+        embeds = compressing.bottleneck_embeds(self, self._compressor, groups[0].visual)
+        return compressing.attention(self.get_decoder(), self._compressor, groups[0], embeds)
 
-    def visual_tokens(
-        self,
-        pixel_values: Tensor | None = None,
-        patch_features: Tensor | None = None,
-        image_codes: Tensor | None = None,
-    ) -> Tensor:
-        """-> (N, C, D), in the dtype of the language model."""
-        images = self.model.get_image_features(
-            pixel_values=pixel_values, patch_features=patch_features, image_codes=image_codes
-        ).pooler_output
-        return torch.stack(list(images)).to(hf_compat.compute_dtype(self.get_input_embeddings(), self.dtype))
+    def _maps(self, groups: list[Group]) -> Tensor:
+        """(N, P) uint8, where the bottleneck looked."""
+        return byte_maps(self.config.compressor, self._attention_over(groups))
 
     def _need_bottleneck(self) -> None:
-        if not self.model.compressor.n_bottleneck:
+        if not self._compressor.n_bottleneck:
             raise ValueError(
-                f"compressor {self.model.compressor.name!r} has no bottleneck, so there are no kv to keep; "
+                f"compressor {self._compressor.name!r} has no bottleneck, so there are no kv to keep; "
                 "use voco or htc, or call generate with pixel_values"
             )
 
     def recipe(self, image_processor: Any = None) -> Recipe:
         """What decides how a picture is compressed, see recipe.py; with the model's own image processor by default."""
-        with adapter.at_work(self.model.language_model):  # an adapter decides, too, though the text runs without it
+        with adapter.at_work(self.get_decoder()):  # an adapter decides, too, though the text runs without it
             return recipe_of(self, self.image_processor if image_processor is None else image_processor)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
@@ -138,16 +142,16 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         Returned sequences start with the prompt as it was given, and max_length counts it so.
         ValueError for a prompt with places for images and none given, and for options that cannot go over images.
         """
-        bottleneck = self.model.compressor.n_bottleneck
-        pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "patch_features", "image_codes")}
-        has_pixels = pixels["pixel_values"] is not None or pixels["patch_features"] is not None
+        bottleneck = self._compressor.n_bottleneck
+        pixels = {name: kwargs.pop(name, None) for name in self.IMAGE_INPUTS}
+        has_pixels = pixels["pixel_values"] is not None or pixels.get("patch_features") is not None
         if not bottleneck or not (has_pixels or compressed is not None):
             if compressed is not None:
                 self._need_bottleneck()
-            if pixels["patch_features"] is not None:  # generate knows pixel_values only, and would drop these silently
+            if pixels.get("patch_features") is not None:  # generate knows pixel_values only, and would drop these silently
                 kwargs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels)}
             elif has_pixels:
-                kwargs["pixel_values"] = pixels["pixel_values"]
+                kwargs |= {name: value for name, value in pixels.items() if value is not None}
             elif not any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds", "past_key_values")):
                 marks = [self.config.image_token_id, self.config.bottleneck_token_id if bottleneck else None]
                 check_has_images(kwargs.get("input_ids") if inputs is None else inputs, marks)
@@ -159,11 +163,11 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
                 "past_key_values cannot be combined with images; give the whole conversation and compressed=..."
             )
         check_over_images(self._generation_config(args, kwargs), kwargs)
-        if compressed is None:
-            compressed = self.compress(**pixels)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if prompt is None:
             raise ValueError("generate needs input_ids (the question); got images only")
+        if compressed is None:
+            compressed = self._compress_for(prompt, kwargs.get("attention_mask"), pixels)
         reserve, n_copies = self._reserve(args, kwargs, prompt.shape[1]), self._n_copies(args, kwargs)
         inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed, reserve)
         if n_copies > 1 and reserve is None:
@@ -172,6 +176,10 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         kwargs = moved_lengths(self._given_config(args, kwargs), kwargs, prompt.shape[1], n_placed)
         out = super().generate(None, kwargs.pop("generation_config", None), *args[1:], **inputs_over_cells, **kwargs)
         return _with_prompt(out, prompt, n_placed)
+
+    def _compress_for(self, prompt: Tensor, attention_mask: Tensor | None, pixels: dict[str, Any]) -> CompressedImages:
+        """The images of prompts."""
+        return self.compress(**pixels)
 
     def _reserve(self, args: tuple, kwargs: dict[str, Any], n_given: int) -> Reserve | None:
         """What a static cache must have room for; None for a dynamic one. Takes `cache_implementation` and
@@ -198,6 +206,18 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         counts = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
         return max(counts)
 
+    def _text_over(
+        self, compressed: CompressedImages, input_ids: Tensor | None, attention_mask: Tensor | None, others: tuple[Any, ...]
+    ) -> dict[str, Any]:
+        """Arguments of a forward pass over compressed images; ValueError where it was given `others` beside them."""
+        if any(other is not None for other in others):
+            raise ValueError("with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)")
+        if input_ids is None:
+            raise ValueError("compressed=... needs input_ids (the question); got images only")
+        inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)
+        n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
+        return {**inputs, "input_ids": inputs["input_ids"][:, n_cells:]}
+
     def _inputs_over_cells(
         self,
         input_ids: Tensor,
@@ -208,7 +228,8 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         """Prompts and compressed images -> what a forward pass or generate needs to run the text over the kv."""
         self._need_bottleneck()
         compressed.check_made_by(self.recipe().digest)
-        compressor = self.model.compressor
+        compressor, decoder = self._compressor, self.get_decoder()
+        mark = compressing.bottleneck_id(self.config, compressor)
         placed = place(
             input_ids,
             attention_mask,
@@ -217,22 +238,20 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
             n_entries=compressed.n_bottleneck,
             image_costs=compressed.n_visual if compressor.positions == "sequential" else [0] * len(compressed),
             image_token_id=self.config.image_token_id,
-            bottleneck_token_id=self.model._bottleneck_id(),
+            bottleneck_token_id=mark,
         )
-        check_movable(compressor.name, self.model.language_model, int(placed.text_position.max()) + 1)
+        check_movable(compressor.name, decoder, int(placed.text_position.max()) + 1)
         keys, values = self._gather_cells(placed, compressed)
         batch, n_cells = placed.is_slot.shape[0], keys.shape[3]
         is_cell = placed.is_slot.repeat_interleave(compressed.n_bottleneck, dim=1)
-        config = self.model.language_model.config
+        config = decoder.config
         if reserve is None:
             cache: Cache = hf_compat.cache_from_kv(keys, values, batch, config)
         else:
             n_entries = max(n_cells + placed.text_ids.shape[1] + reserve.n_new, reserve.n_least)
             cache = hf_compat.static_cache_from_cells(keys, values, batch, reserve.n_copies, n_entries, config)
         out = {
-            "input_ids": torch.cat(
-                (placed.text_ids.new_full((batch, n_cells), self.model._bottleneck_id()), placed.text_ids), 1
-            ),
+            "input_ids": torch.cat((placed.text_ids.new_full((batch, n_cells), mark), placed.text_ids), 1),
             "attention_mask": torch.cat((is_cell, placed.text_mask), dim=1).long(),
             "position_ids": placed.text_position,
             "past_key_values": cache,
@@ -251,7 +270,7 @@ class GeneratesOverKv(HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
         embedding = self.get_input_embeddings()
         kv = compressed.kv.to(embedding.weight.device, hf_compat.compute_dtype(embedding, self.dtype))
         chosen = kv if placed.alike else kv[image.flatten()]  # (B * slots, layers, 2, kv heads, K, head_dim)
-        inv_freq = self.model.language_model.rotary_emb.inv_freq
+        inv_freq = self.get_decoder().rotary_emb.inv_freq
         keys = rope.rotate_keys(chosen[:, :, 0], inv_freq.to(kv.device), position.flatten())
         return _join_slots(keys, image.shape[1]), _join_slots(chosen[:, :, 1], image.shape[1])
 

@@ -16,12 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from htc_vlm.applied.families import family_of
 from htc_vlm.model import adapter as adapters
+from htc_vlm.model import bottlenecks
+from htc_vlm.model.add_compressor import LLAVA_TYPES, with_compressor
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, check_llava
 from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 
-OURS = ("llava", "htc_vlm")
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -36,10 +37,11 @@ def load(
     dtype: torch.dtype | str = "auto",
     adapter: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+) -> tuple[Any, Any]:
     """`load("tiny")`, or the folder of a checkpoint -> (model in eval mode, processor).
 
-    LLaVA-1.5 and HTC-VLM checkpoints become ours; other vision-language models are transformers' own (`families`).
+    LLaVA-1.5 and HTC-VLM checkpoints become ours, those of other families too where a bottleneck was put into them (`htc-vlm
+    convert`); other vision-language models are transformers' own (`families`).
     compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
     lower bound). adapter: a folder that `save_adapter` wrote; the base answers text and whole images as without it
     (`without_compression(model)`), and from compressed ones. kwargs go to from_pretrained. FileNotFoundError, or ValueError
@@ -70,19 +72,19 @@ def _without_progress_bars() -> Iterator[None]:
 
 def _load(
     folder: Path, compressor: Mapping[str, Any] | None, dtype: torch.dtype | str, kwargs: dict[str, Any]
-) -> tuple[HtcVlmForConditionalGeneration, HtcVlmProcessor]:
+) -> tuple[Any, Any]:
     if compressor is not None:
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)} cannot be combined with compressor=...; load without, then convert")
-        from htc_vlm.model.add_compressor import with_compressor
-
         model, processor = with_compressor(folder, compressor, dtype=dtype)
         model.image_processor = processor.image_processor
         return model.eval(), processor
-    if model_type(folder) not in OURS:
+    kind = model_type(folder)
+    if not is_ours(kind):
         return _load_stock(folder, dtype, kwargs)
+    cls = HtcVlmForConditionalGeneration if kind in LLAVA_TYPES else bottlenecks.classes_of(kind).model
     try:
-        model, info = HtcVlmForConditionalGeneration.from_pretrained(
+        model, info = cls.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except SafetensorError as error:
@@ -114,10 +116,16 @@ def _load_stock(folder: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) 
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
-def load_processor(folder: Path, config: HtcVlmConfig) -> HtcVlmProcessor:
+def is_ours(kind: str) -> bool:
+    """Does a model type have a compressor of its own, if only "none"? Other models are transformers'."""
+    return kind in LLAVA_TYPES or bottlenecks.is_ours(kind)
+
+
+def load_processor(folder: Path, config: Any) -> Any:
     """The processor beside a checkpoint; counts are those of the model, whatever processor was saved there."""
-    saved: HtcVlmProcessor = HtcVlmProcessor.from_pretrained(folder)
-    return saved.fitted_to(config)
+    llava = not bottlenecks.is_ours(config.model_type)
+    cls = HtcVlmProcessor if llava else bottlenecks.classes_of(config.model_type).processor
+    return cls.from_pretrained(folder).fitted_to(config)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -151,6 +159,7 @@ def to_device(model: Any, device: str) -> Any:
 
 def without_compression(model: HtcVlmForConditionalGeneration) -> HtcVlmForConditionalGeneration:
     """The same weights (shared, not copied) without compression: what the images would cost without it."""
+    check_llava(model, "the same weights without compression")
     options = {**model.config.to_dict(), "compressor": {"name": "none"}}
     config = HtcVlmConfig.from_dict(options)
     config.text_config._attn_implementation = model.config.text_config._attn_implementation

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, LlavaPreTrainedModel
+from transformers import Cache, LlavaForConditionalGeneration, LlavaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from htc_vlm.applied import hf_compat
 from htc_vlm.model.backbone import HtcVlmModel
 from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.compressing import Group
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation import GeneratesOverKv
 from htc_vlm.model.pretrained import HtcVlmPreTrainedModel, sizes_of
@@ -24,8 +27,10 @@ from htc_vlm.model.pretrained import HtcVlmPreTrainedModel, sizes_of
 __all__ = ["HtcVlmForConditionalGeneration", "HtcVlmModel", "HtcVlmPreTrainedModel", "sizes_of"]
 
 
-class HtcVlmForConditionalGeneration(GeneratesOverKv):
+class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, LlavaForConditionalGeneration):
     """The model to train, compress with, and ask. Any LLaVA checkpoint loads unchanged (`compressor: none`)."""
+
+    IMAGE_INPUTS = ("pixel_values", "patch_features", "image_codes")
 
     def __init__(self, config: HtcVlmConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
@@ -57,20 +62,8 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv):
         """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded,
         as `image_slots.place` orders them. For the other additions see HtcVlmModel.forward."""
         if compressed is not None:
-            if (
-                pixel_values is not None
-                or past_key_values is not None
-                or inputs_embeds is not None
-                or labels is not None
-            ):
-                raise ValueError(
-                    "with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)"
-                )
-            if input_ids is None:
-                raise ValueError("compressed=... needs input_ids (the question); got images only")
-            inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)
-            n_cells = inputs["attention_mask"].shape[1] - inputs["position_ids"].shape[1]
-            inputs["input_ids"] = inputs["input_ids"][:, n_cells:]
+            others = (pixel_values, past_key_values, inputs_embeds, labels)
+            inputs = self._text_over(compressed, input_ids, attention_mask, others)
             return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and self.model.compressor.n_fusion and "is_answer" not in kwargs:
             kwargs["is_answer"] = labels != -100
@@ -92,4 +85,29 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv):
             question_ids=question_ids,
             kv_positions=kv_positions,
             **kwargs,
+        )
+
+    def image_groups(self, pixel_values: Tensor | None = None, **features: Tensor) -> list[Group]:
+        """All images have one size."""
+        visual = self.visual_tokens(pixel_values, **features)
+        return [Group(range(len(visual)), visual)]
+
+    def visual_tokens(
+        self,
+        pixel_values: Tensor | None = None,
+        patch_features: Tensor | None = None,
+        image_codes: Tensor | None = None,
+    ) -> Tensor:
+        """-> (N, C, D), in the dtype of the language model."""
+        images = self.model.get_image_features(
+            pixel_values=pixel_values, patch_features=patch_features, image_codes=image_codes
+        ).pooler_output
+        return torch.stack(list(images)).to(hf_compat.compute_dtype(self.get_input_embeddings(), self.dtype))
+
+
+def check_llava(model: object, what: str) -> None:
+    """ValueError for another family than LLaVA, whose pictures have no common square grid; `what` needs one."""
+    if not isinstance(model, HtcVlmForConditionalGeneration):
+        raise ValueError(
+            f"{what} needs pictures of one square grid, as LLaVA's are; a {type(model).__name__} has none: give a LLaVA or ours"
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from htc_vlm.applied.hf_compat import n_patches
+from htc_vlm.applied.families import family_of
 from htc_vlm.compressors import Compressor
 from htc_vlm.ops import rope
 
@@ -60,11 +60,13 @@ def check_movable(name: str, language_model: nn.Module, n_positions: int) -> Non
 
 
 def check_decoder(model: Any) -> None:
-    """`check_movable` of a whole model, for one image: what a loaded checkpoint must pass. Methods without a bottleneck do."""
+    """`check_movable` of a whole model, for one image (of one token, where sizes differ): what a loaded checkpoint must pass.
+    Methods without a bottleneck do."""
     compressor: Compressor = model.model.compressor
     if compressor.n_bottleneck:
-        n_positions = compressor.n_visual(n_patches(model.config)) + compressor.n_bottleneck
-        check_movable(compressor.name, model.model.language_model, n_positions)
+        family = family_of(model)
+        n_positions = compressor.n_visual(family.n_patches or 1) + compressor.n_bottleneck
+        check_movable(compressor.name, family.decoder, n_positions)
 
 
 def _limits(language_model: Any) -> Limits:

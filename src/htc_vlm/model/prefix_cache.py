@@ -280,10 +280,13 @@ def over(
     kv = compressed[[which[0]] if is_shared else which].kv.to(embedding.device, embedding.dtype)
     batch, longest = len(tails), max(map(len, tails))
     n_entries = kv.shape[4]
-    # Nobody looks at the ids of entries that are there, except penalties for what was said before: the text before the
-    # image, and no placeholder of it.
-    given = [*compressed.prompt["prefix"], *(0 if model.config.image_token_id else 1 for _ in range(n_entries))][:n_entries]
-    ids = [given + [given[0]] * (longest - len(row)) + row for row in tails]
+    # Ids of entries that are there are looked at by penalties for what was said before only: they are the text before the
+    # image, and where there is none words of the question, but no placeholder.
+    prefix = list(compressed.prompt["prefix"])[:n_entries]
+    ids = []
+    for row in tails:
+        filler = prefix[0] if prefix else row[-1]
+        ids.append(prefix + [filler] * (n_entries - len(prefix) + longest - len(row)) + row)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tails], device=kv.device)
     begins = torch.tensor([compressed.n_visual[i] for i in which], device=kv.device)[:, None]
     return {

@@ -31,34 +31,35 @@ HUB_NAMES = {
 }
 
 
-class HtcVlmPreTrainedModel(LlavaPreTrainedModel):
-    config_class = HtcVlmConfig
-    config: HtcVlmConfig
+class HoldsCompressor:
+    """Mixed in front of a model with a compressor inside: its weights are initialised, loaded and saved with the others."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Compressor):
             module.init_own_weights()
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; checkpoints named as LLaVA's on the hub are understood too. What no checkpoint holds is filled in
-        (unfilled.py). ValueError for a folder in the layout of the original LLaVA code, before a model is built."""
-        kwargs.setdefault("key_mapping", HUB_NAMES)
-        check_layout(kwargs.get("pretrained_model_name_or_path", args[0] if args else None))
+        """As transformers'. What no checkpoint holds is filled in (unfilled.py)."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        unfilled.fill(model, info["missing_keys"], sizes_of(model.config))
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        unfilled.fill(model, info["missing_keys"], cls._sizes(model.config))
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _sizes(config: Any) -> Sizes:
+        raise NotImplementedError
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As transformers', under the names in memory: Trainer resumes by these, and would silently skip hub names. Generation
         defaults that are ignored are left out (they would be refused), and files are readable as the umask says."""
-        if self.can_generate():
-            drop_ignored(self.generation_config)
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        model: Any = self
+        if model.can_generate():
+            drop_ignored(model.generation_config)
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
         folder = Path(kwargs["save_directory"] if "save_directory" in kwargs else args[0])
         if folder.is_dir():
             open_to_umask(folder)
@@ -75,3 +76,17 @@ def sizes_of(config: HtcVlmConfig) -> Sizes:
         initializer_range=config.text_config.initializer_range,
         n_kv_heads=config.text_config.num_key_value_heads,
     )
+
+
+class HtcVlmPreTrainedModel(HoldsCompressor, LlavaPreTrainedModel):
+    config_class = HtcVlmConfig
+    config: HtcVlmConfig
+    _sizes = staticmethod(sizes_of)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; checkpoints named as LLaVA's on the hub are understood too, and what no checkpoint holds is filled
+        in. ValueError for a folder in the layout of the original LLaVA code, before a model is built."""
+        kwargs.setdefault("key_mapping", HUB_NAMES)
+        check_layout(kwargs.get("pretrained_model_name_or_path", args[0] if args else None))
+        return super().from_pretrained(*args, **kwargs)

@@ -27,39 +27,64 @@ from htc_vlm.ops import masks, rope
 from htc_vlm.tokens import PADDING, TEXT, TokenLayout
 
 
-def read(language_model: Any, compressor: Compressor, visual: Tensor, n_entries: int, path: str = "auto") -> Tensor:
-    """(N, C, D) visual tokens -> entries (N, layers, 2, kv heads, n_entries, head_dim), the first at position 0."""
+def read(
+    language_model: Any,
+    compressor: Compressor,
+    visual: Tensor,
+    n_entries: int,
+    path: str = "auto",
+    positions: Tensor | None = None,
+) -> Tensor:
+    """(N, C, D) visual tokens -> entries (N, layers, 2, kv heads, n_entries, head_dim), the first at position 0.
+
+    positions (axes, C): of the visual tokens; None: counted up to -1.
+    """
     fast = fast_prefill.takes_fast_path(path, language_model, compressor, visual.shape[1] + n_entries)
     fast = fast and not torch.is_grad_enabled()
     chunks = visual.split(max(1, fast_prefill.MAX_ROWS // visual.shape[1])) if fast else (visual,)
     n_rows = n_entries * compressor.n_readers
     parts = []
     for chunk in chunks:
-        out, _ = look(language_model, compressor, chunk, n_entries, fast)
+        out, _ = look(language_model, compressor, chunk, n_entries, fast, positions)
         parts.append(join(hf_compat.kv_from_cache(out.past_key_values, n_rows), compressor.n_readers))
     return torch.cat(parts)
 
 
 def look(
-    language_model: Any, compressor: Compressor, visual: Tensor, n_entries: int, fast: bool = False, **options: Any
+    language_model: Any,
+    compressor: Compressor,
+    visual: Tensor,
+    n_entries: int,
+    fast: bool = False,
+    positions: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Any, Tensor]:
     """All looks -> the output of the last one, with cache [visual; rows], and the rows' position ids (N, rows).
 
     This is where an adapter (model/adapter.py) is at work; the text runs without it.
     """
     with adapter.at_work(language_model):
-        return _look(language_model, compressor, visual, n_entries, fast, options)
+        return _look(language_model, compressor, visual, n_entries, fast, positions, options)
 
 
 def _look(
-    language_model: Any, compressor: Compressor, visual: Tensor, n_entries: int, fast: bool, options: dict[str, Any]
+    language_model: Any,
+    compressor: Compressor,
+    visual: Tensor,
+    n_entries: int,
+    fast: bool,
+    positions: Tensor | None,
+    options: dict[str, Any],
 ) -> tuple[Any, Tensor]:
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
         raise ValueError(
             f"{compressor.name} reads over a cache, which gradient checkpointing drops; call gradient_checkpointing_disable()"
         )
     n_images, n_visual, _ = visual.shape
-    kv = fast_prefill.visual_kv(language_model, visual) if fast else _visual_kv(language_model, compressor, visual)
+    if fast:
+        kv = fast_prefill.visual_kv(language_model, visual, positions)
+    else:
+        kv = _visual_kv(language_model, compressor, visual, positions)
     rows_of = torch.arange(n_entries * compressor.n_readers, device=visual.device) // compressor.n_readers
     position_ids = rows_of.expand(n_images, -1)
     seen = torch.ones((n_images, n_visual + len(rows_of)), dtype=torch.long, device=visual.device)
@@ -78,8 +103,8 @@ def _look(
     return out, position_ids
 
 
-def _visual_kv(language_model: Any, compressor: Compressor, visual: Tensor) -> Tensor:
-    """(N, C, D) -> (N, layers, 2, kv heads, C, head_dim), the last visual token at position -1."""
+def _visual_kv(language_model: Any, compressor: Compressor, visual: Tensor, positions: Tensor | None) -> Tensor:
+    """(N, C, D) -> (N, layers, 2, kv heads, C, head_dim), the last visual token at position -1 where none are given."""
     n_images, n_visual, _ = visual.shape
     layout = TokenLayout.from_string("v" * n_visual)
     layout = TokenLayout.from_kind(layout.kind.to(visual.device).expand(n_images, -1))
@@ -89,16 +114,17 @@ def _visual_kv(language_model: Any, compressor: Compressor, visual: Tensor) -> T
     out = language_model(
         inputs_embeds=visual,
         attention_mask=hf_compat.ready_mask(language_model.config, visual, None, visible),
-        position_ids=torch.arange(-n_visual, 0, device=visual.device).expand(n_images, -1),
+        position_ids=rope.for_rows(rope.around_image(n_visual, 0, positions, visual.device), n_images),
         use_cache=True,
     )
     return hf_compat.kv_from_cache(out.past_key_values, n_visual)
 
 
-def attention(language_model: Any, compressor: Compressor, visual: Tensor) -> Tensor:
+def attention(language_model: Any, compressor: Compressor, visual: Tensor, positions: Tensor | None = None) -> Tensor:
     """What each entry's rows looked at in the last look, mean over rows: (N, layers, H, K, C + K), rows sum to 1."""
     n_entries, n_readers = compressor.n_bottleneck, compressor.n_readers
-    out, position_ids = look(language_model, compressor, visual, n_entries, output_hidden_states=True)
+    options: dict[str, Any] = {"positions": positions, "output_hidden_states": True}
+    out, position_ids = look(language_model, compressor, visual, n_entries, **options)
     seen = hf_compat.attention_of_last_rows(
         language_model, out.hidden_states, out.past_key_values, position_ids, n_entries * n_readers
     )

@@ -17,14 +17,14 @@ from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model import prefix_cache
 from htc_vlm.model.answering import AskLike
 from htc_vlm.model.compressed import CompressedImages
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.generation import GeneratesOverKv
 
 Kept = CompressedImages | list[CompressedImages] | list[Image.Image]
 
 
 def is_stock(model: Any) -> bool:
     """Is it a model of transformers' own, which `answering.Answerer` does not know?"""
-    return not isinstance(model, HtcVlmForConditionalGeneration)
+    return not isinstance(model, GeneratesOverKv)
 
 
 class StockAnswerer:

@@ -6,6 +6,8 @@ Differs: `compact` numbering is ours: visual tokens never meet the text, so they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,50 @@ def position_ids(layout: TokenLayout, positions: str = "sequential") -> Tensor:
         ids = torch.where(layout.is_visual, ids + 1 - _visual_left(layout), ids)
     ids = ids - _length_of_earlier_questions(layout, costs)
     return ids.masked_fill(layout.is_padding, 0)
+
+
+def around_image(n_visual: int, n_after: int, visual: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+    """(axes, L) positions of [visual tokens; what follows them, from 0]. visual (axes, n_visual): None counts up to -1.
+
+    What follows has equal positions on all axes (M-RoPE: time, row, column), so one rotation moves it.
+
+    >>> around_image(2, 2).tolist(), around_image(2, 1, torch.tensor([[-2, -2], [-2, -1]])).tolist()
+    ([[-2, -1, 0, 1]], [[-2, -2, 0], [-2, -1, 0]])
+    """
+    before = torch.arange(-n_visual, 0, device=device)[None] if visual is None else visual
+    after = torch.arange(n_after, device=before.device).expand(before.shape[0], -1)
+    return torch.cat((before, after), dim=1)
+
+
+def for_rows(ids: Tensor, n_rows: int) -> Tensor:
+    """(axes, L) -> position ids of n_rows alike: (n_rows, L), or (axes, n_rows, L) where there are several axes."""
+    return ids[0].expand(n_rows, -1) if ids.shape[0] == 1 else ids[:, None].expand(-1, n_rows, -1)
+
+
+def with_images(layout: TokenLayout, visual: Sequence[Tensor], costs: Sequence[int]) -> Tensor:
+    """(axes, B, L) positions of prompts whose images say where their own tokens stand.
+
+    visual: of each image in order of appearance (axes, C), with its bottleneck at 0; costs: positions that each takes of the
+    prompt's numbering before its bottleneck. Padding gets 0.
+
+    >>> layout = TokenLayout.from_string("ptvvbt")
+    >>> with_images(layout, [torch.tensor([[-2, -1]])], [2]).tolist() == [position_ids(layout).tolist()]
+    True
+    >>> with_images(layout, [torch.tensor([[-1, -1], [-1, 0]])], [1]).tolist()
+    [[[0, 0, 1, 1, 2, 3]], [[0, 0, 1, 2, 2, 3]]]
+    """
+    counts = ~layout.is_padding & ~layout.is_visual
+    before = torch.nn.functional.pad(layout.image, (1, 0))[:, :-1]
+    starts = layout.is_visual & (layout.image != before)
+    cost = torch.zeros_like(layout.kind)
+    cost[starts] = torch.tensor(list(costs), device=cost.device, dtype=cost.dtype)
+    ids = (counts.long() + cost).cumsum(dim=1) - 1  # at a visual token: that of the bottleneck, less 1
+    ids = ids.masked_fill(layout.is_padding, 0)
+    axes = visual[0].shape[0] if visual else 1
+    out = ids.expand(axes, -1, -1).clone()
+    if visual:
+        out[:, layout.is_visual] = ids[layout.is_visual] + 1 + torch.cat(list(visual), dim=1).to(ids.device)
+    return out
 
 
 def _visual_left(layout: TokenLayout) -> Tensor:

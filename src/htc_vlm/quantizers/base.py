@@ -49,7 +49,10 @@ class Quantizer(nn.Module):
 
     @classmethod
     def read_weights(cls, path: Path) -> dict[str, Tensor]:
-        """The state dict in a safetensors or torch file; FileNotFoundError where there is none."""
+        """The state dict in a safetensors or torch file, or what else this quantizer's weights come as.
+
+        FileNotFoundError where there is none.
+        """
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no weights of quantizer {cls.name} there")
         if path.suffix == ".safetensors":

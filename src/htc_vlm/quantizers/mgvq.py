@@ -3,7 +3,7 @@
 Source: "MGVQ: Could VQ-VAE Beat VAE?", arXiv 2507.07997; official code github.com/MKJia/MGVQ (efficientvit/models/
 tokenizer/mgvq.py); HTC-VLM section 4.1.2 (8 groups, 16384 codes, 16x downsampling: q has 21 * 21 * 32 = 14112 values).
 Encoder and decoder are the DC-AE ones of `diffusers`, the grouped quantizer is `vector-quantize-pytorch` with one
-codebook per head; `htc_vlm.model.add_compressor.mgvq_state_dict` renames official weights.
+codebook per head; `mgvq_official.mgvq_state_dict` renames official weights.
 Differs: the official codebook learns by gradient and is resampled by use; ours follows the library (moving averages,
 since its cosine codebooks do not take gradients; rarely used codes are replaced by latents of the batch). The nested
 masking of groups in the official first stage is left out. Encoding never changes the codebook, in train mode either.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from htc_vlm.files import replacing, write_text
 from htc_vlm.quantizers.base import QUANTIZERS, Quantizer
+from htc_vlm.quantizers.mgvq_official import mgvq_state_dict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -214,6 +215,12 @@ class MGVQ(Quantizer):
         if not any(key.startswith(("decoder.", "post_quant_conv.")) for key in state_dict):
             self.decoder = self.post_quant_conv = None
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @classmethod
+    def read_weights(cls, path: Path) -> dict[str, Tensor]:
+        """Of a folder or file of ours as they are; of an official file renamed."""
+        state = super().read_weights(path / WEIGHTS_FILE if path.is_dir() else path)
+        return state if any(name.startswith("quantizer.") for name in state) else mgvq_state_dict(state)
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""

@@ -35,7 +35,7 @@ class Writer:
         """Refusal 400 where the chat template refuses, or where a text holds a placeholder of the model."""
         n_bottleneck = self.processor.n_bottleneck if images is None else images.n_bottleneck
         n_cached = n_bottleneck * len(image_ids)
-        ids = self._ids([self._checked(message) for message in messages], self.processor.bottleneck_token * n_bottleneck)
+        ids = self._ids([self._checked(message) for message in messages], self.processor.bottleneck_text(n_bottleneck))
         image, bottleneck = (self.processor.tokenizer.convert_tokens_to_ids(mark) for mark in self._marks)
         if image in ids or ids.count(bottleneck) != n_cached:
             what = f"the prompt has {ids.count(bottleneck)} places, the images need {n_cached}"

@@ -53,8 +53,6 @@ class StockMethod:
 
     def encode(self, pictures: Sequence[Image.Image], maps: bool) -> list[CompressedImages]:
         """One CompressedImages a picture, since pictures of other sizes may have other counts of entries. There are no maps."""
-        if maps:
-            raise ValueError("maps are of what a bottleneck looked at, which this model does not have; leave maps out")
         return [self._compress(picture) for picture in pictures]
 
     def _compress(self, picture: Image.Image) -> CompressedImages:

@@ -66,12 +66,6 @@ class Shards(ShardFiles):
                 gone += self._commit(shard, statements)
         return gone
 
-    def remove_names(self, names: Iterable[str]) -> None:
-        wanted = [(name_as_stored(name),) for name in names]
-        for shard in range(N_SHARDS):
-            if self._connect(shard, create=False) is not None:
-                self._commit(shard, [("DELETE FROM names WHERE name = ?", wanted)])
-
     def compact(self) -> None:
         """Give the room of removed rows back to the disk."""
         for shard in range(N_SHARDS):

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from htc_vlm.model.add_to_family import put_in
+
 IMAGE, VIDEO, PAD, START, END, MARK = 99, 98, 0, 97, 96, 95  # token ids: a visual placeholder, ..., an image's first and last
 N_LAYERS = 4
 TEXT: dict[str, Any] = {
@@ -228,18 +230,12 @@ def tiny_inputs(family: str, prompts: Sequence[Sequence[int]]) -> Inputs:
     """
     known = FAMILIES[family]
     sizes = [[size % known.sizes if known.sizes > 1 else size for size in row] for row in prompts]
-    rows = []
-    for i, pictures in enumerate(sizes):
-        parts = sum((known.prompt(size) for size in pictures), [])
-        rows.append(torch.tensor([1, 5 + i, *parts, *range(10, 13 + i)]))
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.cat((row.new_full((longest - len(row),), PAD), row)) for row in rows])
-    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
-    batch = {"input_ids": ids, "attention_mask": mask}
+    parts = [sum((known.prompt(size) for size in pictures), []) for pictures in sizes]
+    batch = left_padded([[1, 5 + i, *part, *range(10, 13 + i)] for i, part in enumerate(parts)])
     if any(sizes):
         batch |= known.pictures(sizes)
     if family.startswith("qwen"):
-        batch["mm_token_type_ids"] = (ids == IMAGE).int()
+        batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
     return batch
 
 
@@ -250,3 +246,45 @@ def n_tokens(batch: Inputs) -> list[int]:
     [16, 0, 8]
     """
     return [int(n) for n in (batch["input_ids"] == IMAGE).sum(dim=1)]
+
+
+# ---------------------------------------------------------------- with a bottleneck
+BOTTLENECK = 94
+
+
+def tiny_bottleneck(family: str, compressor: dict[str, Any], attention: str = "sdpa") -> Any:
+    """The tiny random model of a family with a compressor of its own (voco, htc, readers), in eval mode."""
+    model, _ = tiny_model(family, attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = put_in(model, compressor)
+    model.config.bottleneck_token_id = BOTTLENECK
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO, BOTTLENECK]
+    return model.eval()
+
+
+def bottleneck_inputs(family: str, model: Any, prompts: Sequence[Sequence[int]], is_compressed: bool = False) -> Inputs:
+    """As `tiny_inputs`, as the processor of such a model writes them: the tiles of a picture together, then its bottleneck
+    tokens; is_compressed: these alone, without pixels."""
+    known, method = FAMILIES[family], model.model.compressor
+    sizes = [[size % known.sizes if known.sizes > 1 else size for size in row] for row in prompts]
+
+    def picture(size: int) -> list[int]:
+        ids = known.prompt(size)
+        first, behind = ids.index(IMAGE), len(ids) - ids[::-1].index(IMAGE)
+        visual = [] if is_compressed else [IMAGE] * method.n_visual(ids.count(IMAGE))
+        return [*ids[:first], *visual, *[BOTTLENECK] * method.n_bottleneck, *ids[behind:]]
+
+    rows = [
+        [1, 5 + i, *sum((picture(size) for size in row), []), *range(10, 13 + i)] for i, row in enumerate(sizes)
+    ]  # fmt: skip
+    batch = left_padded(rows)
+    return batch | known.pictures(sizes) if any(sizes) and not is_compressed else batch
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> Inputs:
+    """Prompts of any lengths as input_ids and attention_mask."""
+    longest = max(map(len, rows))
+    ids = [[PAD] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -104,14 +104,11 @@ def questions(split: str) -> list[Question]:
 
 
 def sample_questions(image_id: str, n: int, seed: int) -> list[Question]:
-    """The open question, then n - 1 yes/no questions at most (no text twice)."""
+    """The open question, then n - 1 yes/no questions, each drawn on its own: the one text answered yes comes again."""
     rng = np.random.default_rng(seed)
     name = _name(image_id)
-    found = {OPEN: (name, "open")}
-    for _ in range(n - 1):
-        text, answer = _yes_no(name, rng)
-        found.setdefault(text, (answer, "yes/no"))
-    return [Question(f"fashion-mnist/{image_id}/{seed}.{i}", image_id, t, a, k) for i, (t, (a, k)) in enumerate(found.items())]
+    rows = [(OPEN, name, "open"), *((*_yes_no(name, rng), "yes/no") for _ in range(n - 1))]
+    return [Question(f"fashion-mnist/{image_id}/{seed}.{i}", image_id, *row) for i, row in enumerate(rows)]
 
 
 def vocabulary() -> list[str]:

@@ -224,8 +224,8 @@ def _ask_category(scene: Scene, rng: np.random.Generator) -> Asked:
     return f"what kind of thing is at the {PLACES[thing.cell]} ?", thing.concept.category
 
 
-def _ask_exist(scene: Scene, rng: np.random.Generator) -> Asked:
-    yes = rng.random() < 0.5
+def _ask_exist(scene: Scene, rng: np.random.Generator, yes: bool | None = None) -> Asked:
+    yes = bool(rng.random() < 0.5) if yes is None else yes
     here = {thing.concept.category for thing in scene.things}
     labels = {thing.concept.label for thing in scene.things}
     if rng.random() < 0.6:
@@ -236,6 +236,15 @@ def _ask_exist(scene: Scene, rng: np.random.Generator) -> Asked:
         close = rng.random() < 0.5
         pool = [c.label for c in concepts() if c.label not in labels and (not close or c.category in here)]
     return f"is there a {pool[int(rng.integers(len(pool)))]} ?", "yes" if yes else "no"
+
+
+def _ask_the_rarer(scene: Scene, rng: np.random.Generator, found: Iterable[tuple[str, str, str]]) -> Asked:
+    """`_ask_exist` for the answer that was given less often so far; nothing once every question answered yes is asked."""
+    given = Counter(answer for kind, _, answer in found if kind == "exist")
+    if given["yes"] != given["no"]:
+        return _ask_exist(scene, rng, yes=given["yes"] < given["no"])
+    n_yes = len(scene.things) + len({thing.concept.category for thing in scene.things})
+    return _ask_exist(scene, rng) if given["yes"] < n_yes else None
 
 
 def _ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -322,10 +331,13 @@ def ask(
     rng: np.random.Generator,
     weights: Mapping[str, float] | None = None,
     places: Sequence[str] = PLACES,
+    paired: bool = False,
 ) -> list[tuple[str, str, str]]:
     """Up to n different (kind, question, answer) about a scene, kinds drawn by weight (default: all alike).
 
-    places: questions about one thing are asked of things that stand in these places only.
+    places: questions about one thing are asked of things that stand in these places only. paired: as many of the kind `exist`
+    are answered yes as no, one more at most; else both are drawn alike, but a scene has few different ones answered yes, and a
+    hundred answered no: of 17 questions 45 % are yes, of 56 a quarter.
     """
     unknown = sorted(set(places) - set(PLACES))
     if unknown:
@@ -341,7 +353,10 @@ def ask(
         kind = KINDS[_drawn(rng, up_to)]
         if kind in REFERRING and not there.things:
             continue
-        asked = _ASK[kind](there if kind in REFERRING else scene, rng)
+        if kind == "exist" and paired:
+            asked = _ask_the_rarer(scene, rng, found.values())
+        else:
+            asked = _ASK[kind](there if kind in REFERRING else scene, rng)
         if asked is not None:
             found.setdefault(asked[0], (kind, *asked))
     return list(found.values())
@@ -353,10 +368,11 @@ def sample_questions(
     seed: int,
     weights: Mapping[str, float] | None = None,
     places: Sequence[str] = PLACES,
+    paired: bool = True,
 ) -> list[Question]:
     """n questions for training, drawn from (image, seed); see `ask`."""
     split, index = _split_of(image_id)
-    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights, places)
+    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights, places, paired)
     return _numbered(rows, image_id, f"pictograms/{image_id}/{seed}.")
 
 

@@ -198,7 +198,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains, adapters)), flush=True)
     if settings.compile:
-        for layer in model.model.language_model.layers:  # one graph serves all layers
+        for layer in model.get_decoder().layers:  # one graph serves all layers
             layer.forward = torch.compile(layer.forward, dynamic=False)
     n_data: int = len(data)  # type: ignore[arg-type]
     lines = JsonLines(output / "metrics.jsonl", held_out, settings.images_per_step / max(1, n_data))

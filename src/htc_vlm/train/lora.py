@@ -55,7 +55,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> tuple[Any, fr
         options["trainable_token_indices"] = {"embed_tokens": [model.config.bottleneck_token_id]}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=rf"model\.language_model\..*\.({'|'.join(settings.modules)})", **options,
+        target_modules=rf"model\.(language|text)_model\..*\.({'|'.join(settings.modules)})", **options,
     )  # fmt: skip
     torch.manual_seed(seed)
     tuner = LoraModel(model, config, "default")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
@@ -34,8 +35,7 @@ def open_sources(
     preset: dict[str, Any], model: Any, folder: Path, curricula: dict[str, list[dict[str, Any]]], split: str = "train"
 ) -> list[Source]:
     """Open or fill the feature caches of a preset's tasks."""
-    tower = model.model.vision_tower
-    encode_code = getattr(model.model.compressor, "encode", None)
+    tower, compressor = model.model.vision_tower, model.model.compressor
     sources = []
     for options in preset["data"]:
         part = presets.DataPart(**options)
@@ -60,9 +60,9 @@ def open_sources(
             )
             fill(cache, tower, partial(_picture, module, ids))
         codes = None
-        if encode_code is not None and model.model.compressor.has_code:
+        if getattr(compressor, "has_code", False):
             stem = part.task if split == "train" else name
-            codes = codes_of(cache, encode_code, folder / f"{stem}-codes-{code_key(model.model.compressor)}.npy")
+            codes = codes_of(cache, partial(_encode, model), folder / f"{stem}-codes-{code_key(compressor)}.npy")
         ask, simple_first = _asker(module, ids, curriculum), _simple_first(module, ids, curriculum)
         sources.append(Source(part.task, cache, ask, part.share, codes, simple_first))
     return sources
@@ -96,6 +96,12 @@ def align_patches(preset: dict[str, Any], model: Any, processor: Any, sources: l
         model, source.cache, lambda i: module.patch_words(ids[i], n_side), processor.tokenizer.get_vocab(), settings, seed
     )
     print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
+
+
+def _encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels on the CPU -> their code on the CPU, computed where the model is."""
+    code: torch.Tensor = model.model.compressor.encode(pixels.to(model.device)).cpu()
+    return code
 
 
 def _picture(module: Any, ids: Sequence[str], number: int) -> Any:

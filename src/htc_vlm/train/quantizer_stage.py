@@ -1,4 +1,4 @@
-"""The tokenizer stage of a preset: which pictures MGVQ learns from, and the preset's settings for it.
+"""The tokenizer stage of a preset: which pictures a quantizer learns from, and the preset's settings for it.
 
 Source:  the preset's `data` and `stages.tokenizer`; the loop is train/train_quantizer.py.
 Differs: from MGVQ (ImageNet): pictures of the preset's own data sets, training splits only; of conversations or a folder of

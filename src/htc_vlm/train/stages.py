@@ -24,16 +24,17 @@ class Stage:
     compresses: bool = False
 
 
-PROJECTOR = "model.multi_modal_projector."
-LLM = ("model.language_model.", "lm_head.")
+# As families call them (model/bottlenecks.py): LLaVA and most; SmolVLM; Qwen2.5-VL.
+PROJECTOR = ("model.multi_modal_projector.", "model.image_newline", "model.connector.", "model.visual.merger.")
+LLM = ("model.language_model.", "model.text_model.", "lm_head.")
 COMPRESSOR = "model.compressor."
 ADAPTER = "adapter"  # in `trains`: the LoRA of model/adapter.py; with it the base stays as it is
 STAGES = {
-    "align": Stage("align", (PROJECTOR,), None),
-    "instruct": Stage("instruct", (PROJECTOR, *LLM), "align"),
-    "compress": Stage("compress", (PROJECTOR, *LLM, COMPRESSOR), "instruct", compresses=True),
+    "align": Stage("align", PROJECTOR, None),
+    "instruct": Stage("instruct", (*PROJECTOR, *LLM), "align"),
+    "compress": Stage("compress", (*PROJECTOR, *LLM, COMPRESSOR), "instruct", compresses=True),
 }
-ALWAYS_FROZEN = ("model.vision_tower.", "model.compressor.quantizer.")
+ALWAYS_FROZEN = ("model.vision_tower.", "model.vision_model.", "model.compressor.quantizer.")
 
 
 def freeze(

@@ -1,4 +1,4 @@
-"""Train the picture tokenizer (MGVQ): one short loop that survives being killed.
+"""Train a picture tokenizer, a quantizer by its name: one short loop that survives being killed.
 
 Source: MGVQ (arXiv 2507.07997): reconstruction plus 0.25 * commitment, straight-through; its training code is not
 released. Differs: mean squared error only (no perceptual or adversarial loss), codebook by moving averages with dead
@@ -7,7 +7,7 @@ codes revived (see quantizers/mgvq.py).
 Everything random in a step comes from (seed, step): which pictures, where they are cropped, which latents revive dead
 codes. So a resumed run needs weights, optimizer and step, no random state, and ends where an uninterrupted one does.
 Files in `output`: training.pt (newest checkpoint, replaced atomically), metrics.jsonl, and at the end config.json and
-model.safetensors (`MGVQ.load(output)`) and report.json.
+model.safetensors (read by the quantizer's `load`) and report.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from htc_vlm.files import write_json
-from htc_vlm.quantizers.mgvq import MGVQ, code_statistics
+from htc_vlm.quantizers import QUANTIZERS
+from htc_vlm.quantizers.mgvq import code_statistics
 
 Pictures = npt.NDArray[np.uint8]  # (N, H, W, 3); a memory map works
 
@@ -43,8 +44,9 @@ REPORT_FILE = "report.json"
 class TokenizerTraining:
     """Settings of `train_tokenizer`. `crop` is the side in pixels of the training crops, 0 for whole pictures."""
 
+    quantizer: str = "mgvq"
     preset: str = "tiny"
-    changes: Mapping[str, Any] = field(default_factory=dict)  # arguments of MGVQ that differ from the preset
+    changes: Mapping[str, Any] = field(default_factory=dict)  # arguments of the quantizer that differ from the preset
     start_from: str = ""  # folder of an earlier tokenizer of the same sizes; empty starts from random weights
     steps: int = 2000
     batch_size: int = 32
@@ -93,10 +95,11 @@ def train_tokenizer(
     output.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = MGVQ.preset(settings.preset, **settings.changes).train()
+        cls = _trainable(settings.quantizer)
+        model = cls.preset(settings.preset, **settings.changes).train()
         if settings.start_from:
-            model.load_state_dict(MGVQ.load(settings.start_from).state_dict())
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.load_state_dict(cls.load(settings.start_from).state_dict())
+        model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
         )
@@ -110,7 +113,7 @@ def train_tokenizer(
                     print(json.dumps(row), file=metrics, flush=True)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                     _save_checkpoint(output, model, optimizer, step + 1, run)
-    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval().to(memory_format=torch.contiguous_format)
     if settings.round_weights_to_bf16:
         for weight in model.parameters():
             weight.data.copy_(weight.data.bfloat16())
@@ -120,6 +123,19 @@ def train_tokenizer(
     report = TokenizerReport(settings.steps, start, tokenizer_quality(model, sample), unseen)
     write_json(output / REPORT_FILE, asdict(report))
     return report
+
+
+def _trainable(name: str) -> Any:
+    """The quantizer's class; ValueError names what it lacks to be trained here.
+
+    Needed: preset(name, **changes), load(folder), save(folder), codes_per_group, decode(quantized), encode with `indices`,
+    and forward(pixels) with reconstruction, commitment and indices, as `quantizers/mgvq.py` has them.
+    """
+    cls = QUANTIZERS.get(name)
+    lacking = [part for part in ("preset", "load", "save", "codes_per_group", "decode") if not hasattr(cls, part)]
+    if lacking:
+        raise ValueError(f"quantizer {name} cannot be trained: it has no {lacking[0]}")
+    return cls
 
 
 @dataclass(frozen=True)
@@ -161,13 +177,13 @@ def learning_rate_at(settings: TokenizerTraining, step: int) -> float:
 
 
 @torch.no_grad()
-def tokenizer_quality(model: MGVQ, pictures: Pictures, batch_size: int = 32) -> TokenizerQuality:
+def tokenizer_quality(model: Any, pictures: Pictures, batch_size: int = 32) -> TokenizerQuality:
     """Reconstruct uint8 pictures (N, H, W, 3) through their codes and measure. Leaves `model` in eval mode."""
     _check_pictures(pictures, crop=0)
     model.eval()
     psnr_db, codes = [], []
     for start in range(0, len(pictures), batch_size):
-        pixels = to_signed(pictures[start : start + batch_size]).to(model.quant_conv.weight.device)
+        pixels = to_signed(pictures[start : start + batch_size]).to(next(model.parameters()).device)
         encoding = model.encode(pixels)
         error = (model.decode(encoding.quantized).clamp(-1, 1) - pixels) / 2
         psnr_db.append(-10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10())
@@ -197,7 +213,7 @@ def to_signed(pictures: Pictures) -> Tensor:
 
 
 def _train_step(
-    model: MGVQ, optimizer: torch.optim.Optimizer, pictures: Pictures, settings: TokenizerTraining, step: int
+    model: Any, optimizer: torch.optim.Optimizer, pictures: Pictures, settings: TokenizerTraining, step: int
 ) -> dict[str, Any]:
     n_pictures, height, width, _ = pictures.shape
     draw = draw_at(n_pictures, height, width, settings, step)
@@ -251,7 +267,7 @@ def _fingerprint(pictures: Pictures, settings: TokenizerTraining) -> dict[str, A
     return {**asdict(settings), "pictures": [*pictures.shape, zlib.crc32(some.data)]}
 
 
-def _resume(output: Path, model: MGVQ, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
+def _resume(output: Path, model: Any, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
     """Load the newest checkpoint, if any; returns the step to go on with."""
     path = output / CHECKPOINT_FILE
     if not path.exists():
@@ -267,7 +283,7 @@ def _resume(output: Path, model: MGVQ, optimizer: torch.optim.Optimizer, run: di
 
 
 def _save_checkpoint(
-    output: Path, model: MGVQ, optimizer: torch.optim.Optimizer, step: int, run: dict[str, Any]
+    output: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, run: dict[str, Any]
 ) -> None:
     """Write beside, flush to disk, rename: a kill at any moment leaves a whole file, the old one or the new one."""
     path = output / CHECKPOINT_FILE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from htc_vlm.files import save_figure
 from htc_vlm.model.look_maps import split_visual
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, check_llava
 from htc_vlm.model.processing import HtcVlmProcessor
 
 
@@ -39,6 +39,7 @@ class BottleneckMaps:
 
 def bottleneck_maps(model: HtcVlmForConditionalGeneration, pixel_values: Tensor) -> BottleneckMaps:
     """(N, 3, height, width) -> maps. ValueError for methods whose visual tokens are not anchors and a square of patches."""
+    check_llava(model, "a map of what the bottleneck looked at")
     attention = model.bottleneck_attention(pixel_values=pixel_values)                       # (N, layers, H, K, C + K)
     first = attention[:, :, :, 0].mean(dim=2)                                               # (N, layers, C + K)
     n_bottleneck = model.model.compressor.n_bottleneck

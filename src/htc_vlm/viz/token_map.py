@@ -23,7 +23,7 @@ from torch import Tensor
 from htc_vlm.applied.apply import apply
 from htc_vlm.files import save_figure
 from htc_vlm.model.answering import Answerer
-from htc_vlm.model.modeling import HtcVlmForConditionalGeneration
+from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, check_llava
 from htc_vlm.model.processing import HtcVlmProcessor
 
 GOLDEN = 0.618034  # of the colour circle: neighbours in number are far apart in colour
@@ -152,6 +152,7 @@ def record(
     settings: Mapping[str, Any],
 ) -> list[Stage]:
     """Ask once with the method applied; what became of the patches. The question matters to methods that read it."""
+    check_llava(model, "a map of tokens")
     answerer = Answerer(model, processor, keep_pixels=True)
     inputs = answerer.inputs([question], is_compressed=False)
     with apply(model, method, **settings) as applied:
