@@ -1,4 +1,4 @@
-"""Redraw the pictures of docs/assets/provenance with the shipped `tiny-upper`.
+"""Redraw the pictures of docs/assets/token_maps with the shipped `tiny-upper`.
 
     python -m study.draw_token_maps
 """
@@ -12,7 +12,7 @@ from PIL import Image
 from htc_vlm.cli import token_map
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "docs" / "assets" / "provenance"
+FOLDER = ROOT / "docs" / "assets" / "token_maps"
 PICTURES: dict[str, tuple[str, ...]] = {
     "tome": ("coffee.jpg", "--budget", "12", "--set", "place=after_tower", "--set", "metric=features"),
     "fastv": ("chelsea.jpg", "--set", "n_keep=12", "--set", "layer=2", "--question", "is there a mammal ?"),

@@ -40,7 +40,7 @@ def test_a_picture_is_drawn_and_its_stages_are_named(picture: Path, capsys: pyte
         (["--method", "fastv", "--set", "n_keep=5", "--set", "layer=1"], "n_keep is 5; there are only 4"),
         (["--method", "fastv", "--set", "n_keep"], "has no '='"),
         (["--method", "voco"], "must be trained"),
-        (["--method", "none"], "no provenance was recorded"),
+        (["--method", "none"], "no sources were recorded"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(

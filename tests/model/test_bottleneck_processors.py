@@ -49,6 +49,12 @@ def test_a_stock_folder_gets_a_bottleneck_and_answers_from_what_it_kept(
         over = model(**prompt, compressed=again).logits
     n_behind = len(processor.tokenizer(QUESTION, add_special_tokens=False)["input_ids"])
     torch.testing.assert_close(whole[:, -n_behind:], over[:, -n_behind:], atol=1e-4, rtol=0)
+    mark = processor.image_token  # two pictures in one prompt, each read as it is read alone
+    both = [f"what {mark} is at {mark} {QUESTION}"]
+    with torch.no_grad():
+        whole = model(**processor(images=PICTURES, text=both, return_tensors="pt")).logits
+        over = model(**processor(text=both, return_tensors="pt"), compressed=again).logits
+    torch.testing.assert_close(whole[:, -n_behind:], over[:, -n_behind:], atol=1e-4, rtol=0)
     new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert [one.strip() for one in processor.tokenizer.batch_decode(new, skip_special_tokens=True)] == answers
 

@@ -77,7 +77,7 @@ def test_stages_reach_to_the_next_drop_and_the_last_layer() -> None:
     assert (first.first_layer, first.last_layer, second.first_layer, second.last_layer) == (0, 2, 3, 5)
     assert second.source.argmax(dim=1).tolist() == [2, 3]
     assert Stage(5, 5, SOURCE).title == "layer 5: 2 tokens from 3 patches"
-    with pytest.raises(ValueError, match="no provenance was recorded"):
+    with pytest.raises(ValueError, match="no sources were recorded"):
         stages({}, n_layers=6)
 
 

@@ -260,7 +260,7 @@ def first_largest(weights: Tensor) -> Tensor:
     return place.masked_fill(~is_largest, weights.shape[-1]).amin(dim=-1)
 
 
-def provenance(source: Tensor, decision: Keep | Merge) -> Tensor:
+def source_after(source: Tensor, decision: Keep | Merge) -> Tensor:
     """source (I, n_before, P) -> (I, n_now, P): the share of each patch's place in each token."""
     if isinstance(decision, Merge):
         return decision.weights @ source

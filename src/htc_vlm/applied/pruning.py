@@ -43,9 +43,9 @@ from htc_vlm.applied.prompts import (
     groups_of,
     image_columns,
     last_position,
-    provenance,
     see,
     shrink,
+    source_after,
 )
 from htc_vlm.compressors import Compressor, PruneStep
 from htc_vlm.ops.select import gather_tokens, pack_left_padded
@@ -205,7 +205,7 @@ class Dropping(nn.Module):
             seen = see(found, rows, columns, log.group.n_patches, self.rotary_emb.inv_freq)
             decision = log.method.after_layer(index - 1, seen)
             if decision is not None:
-                log.sources[index] = provenance(log.sources[max(log.sources)], decision)
+                log.sources[index] = source_after(log.sources[max(log.sources)], decision)
                 changes.append(Change(columns, decision))
         return shrink(rows, changes, step.renumber) if changes else rows
 

@@ -8,6 +8,7 @@ Differs: the tiles of a picture stand together, without the marks that SmolVLM a
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class WritesBottlenecks(AsksQuestions):
         have the image token where a compressed image goes."""
         check_no_video(kwargs)
         if images is None or text is not None:
-            return super().__call__(images=images, text=text, **kwargs)
+            return super().__call__(images=self._nested(images, text), text=text, **kwargs)
         pictures = make_flat_list_of_images(images)
         out = self(images=[[one] for one in pictures], text=[self.image_token] * len(pictures), padding=True, **kwargs)
         image, extra = self.tokenizer.convert_tokens_to_ids(self.image_token), extra_tokens(self._method)
@@ -74,6 +75,23 @@ class WritesBottlenecks(AsksQuestions):
             out.pop(name, None)
         out["image_lengths"] = torch.tensor(lengths) if kwargs.get("return_tensors") == "pt" else lengths
         return out
+
+    def _nested(self, images: Any, text: Any) -> Any:
+        """Pictures as the family wants them: a flat list, but for SmolVLM and Idefics3, which want one for each prompt.
+
+        A list for each prompt would make LLaVA-OneVision read several pictures of a prompt without their tiles, so that what is
+        kept of a picture would depend on its neighbours.
+        """
+        if images is None:
+            return None
+        pictures = make_flat_list_of_images(images)
+        if not hasattr(self, "fake_image_token"):
+            return pictures
+        counts = [one.count(self.image_token) for one in ([text] if isinstance(text, str) else text)]
+        if isinstance(images, list | tuple) and any(isinstance(one, list | tuple) for one in images) or not all(counts):
+            return images
+        rest = iter(pictures)
+        return [list(itertools.islice(rest, n)) for n in counts]
 
     def for_training(self, pictures: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
         inputs, method = dict(self(images=list(pictures), return_tensors="pt")), self._method

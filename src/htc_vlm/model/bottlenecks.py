@@ -251,7 +251,8 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         logits = self.get_output_embeddings()(out.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size)
+            n_words, counted = self.config.get_text_config().vocab_size, kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=n_words, num_items_in_batch=counted)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
 
     def layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> TokenLayout:

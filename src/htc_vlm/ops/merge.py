@@ -44,7 +44,7 @@ class TokenMerge:
         return out.scatter_add(1, self.destination[..., None].expand_as(x), x)
 
     def then(self, later: TokenMerge) -> TokenMerge:
-        """This merge followed by `later`, as one: the provenance after several blocks."""
+        """This merge followed by `later`, as one: the sources after several blocks."""
         if later.destination.shape[1] != self.n_out:
             taken = later.destination.shape[1]
             raise ValueError(f"the first merge leaves {self.n_out} tokens, the second takes {taken}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,17 +92,31 @@ def sdpa_and_eager_agree_when_applied(case: Case) -> None:
 
 def each_family_works_or_is_refused_by_name(case: Case) -> None:
     """A method that cannot act on a kind of model must say so, not give its results."""
-    for family in families.FAMILIES:
-        model, inputs = families.tiny_model(family)
-        before = model(**inputs).logits
-        try:
-            with apply(model, **case.compressor) as run:
-                logits = model(**inputs).logits
-                assert bool(torch.isfinite(logits).all()), f"{family}: logits are not finite"
-                assert run.schedule is not None, f"{family}: nothing was applied"
-        except ValueError as error:
-            assert case.method.name in str(error), f"{family}: the refusal does not name the method: {error}"
-        assert model(**inputs).logits.equal(before), f"{family}: the model is not what it was"
+    try:
+        for family in families.FAMILIES:
+            _works_or_is_refused(case, family)
+    except BaseException:
+        _model_and_logits.cache_clear()  # whatever went wrong, the next method gets new models
+        raise
+
+
+def _works_or_is_refused(case: Case, family: str) -> None:
+    model, inputs, before = _model_and_logits(family)
+    try:
+        with apply(model, **case.compressor) as run:
+            logits = model(**inputs).logits
+            assert bool(torch.isfinite(logits).all()), f"{family}: logits are not finite"
+            assert run.schedule is not None, f"{family}: nothing was applied"
+    except ValueError as error:
+        assert case.method.name in str(error), f"{family}: the refusal does not name the method: {error}"
+    assert model(**inputs).logits.equal(before), f"{family}: the model is not what it was"
+
+
+@cache
+def _model_and_logits(family: str) -> tuple[Any, families.Inputs, Tensor]:
+    """A tiny model, its inputs and its logits: made once, for making it takes longer than what is done with it."""
+    model, inputs = families.tiny_model(family)
+    return model, inputs, model(**inputs).logits
 
 
 Promise = Callable[[Any], None]

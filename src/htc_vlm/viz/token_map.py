@@ -126,7 +126,7 @@ def stages(sources: Mapping[int, Tensor], n_layers: int, image: int = 0) -> list
     ['layers 0 to 1: 4 tokens from 4 patches', 'layers 2 to 5: 2 tokens from 2 patches']
     """
     if not sources:
-        raise ValueError("no provenance was recorded: the method does not say which patches its tokens hold")
+        raise ValueError("no sources were recorded: the method does not say which patches its tokens hold")
     starts = sorted(sources)
     ends = [*starts[1:], n_layers]
     return [Stage(first, end - 1, sources[first][image]) for first, end in zip(starts, ends, strict=True)]
