@@ -157,12 +157,12 @@ def answer_all(answerer: Answerer, tests: TaskSet, folder: Path, batch_size: int
 @torch.no_grad()
 def measured_schedule(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
     """Visual and bottleneck tokens of one image that entered each layer; ValueError where it is not what was promised."""
-    lengths: list[int] = []
+    layers, compressor = model.model.language_model.layers, model.model.compressor
+    lengths = dict.fromkeys(layers, 0)  # of all passes: rows that look twice enter each layer twice
 
     def note(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        lengths[module] += (args[0] if args else kwargs["hidden_states"]).shape[1]
 
-    layers, compressor = model.model.language_model.layers, model.model.compressor
     n_patches = inputs["patch_features"].shape[1]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     n_text = 0
@@ -177,7 +177,7 @@ def measured_schedule(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
     finally:
         for hook in hooks:
             hook.remove()
-    seen, promised = [n - n_text for n in lengths], compressor.schedule(n_patches, len(layers))
+    seen, promised = [n - n_text for n in lengths.values()], compressor.schedule(n_patches, len(layers))
     if seen != promised:
         raise ValueError(f"{compressor.name} promised the schedule {promised}; the layers saw {seen}")
     return seen
