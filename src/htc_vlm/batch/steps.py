@@ -20,7 +20,6 @@ from PIL import Image
 from htc_vlm import compressors
 from htc_vlm.batch.sources import Ref
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
-from htc_vlm.model import bottlenecks
 from htc_vlm.model.add_compressor import LLAVA_TYPES
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.configuration import HtcVlmConfig
@@ -215,11 +214,6 @@ def columns_of(refs: Sequence[Ref], asked: Sequence[Sequence[str]]) -> Columns:
 def store_of(settings: Settings, model: Any, processor: Any) -> ImageStore:
     """The run's store, to be written to."""
     return ImageStore.open(settings.store, model, processor, settings.dtype, method=settings.method, maps=settings.maps)
-
-
-def keeps_bottleneck(folder: Path) -> bool:
-    """Has a checkpoint a bottleneck? Read from its configuration."""
-    return bottlenecks.is_ours(model_type(folder)) or carries_pixels(folder)
 
 
 def carries_pixels(folder: Path) -> bool:

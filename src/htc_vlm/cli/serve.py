@@ -79,7 +79,7 @@ def make_app(options: argparse.Namespace, token: str | None) -> Any:
     limits, method = Limits(**{name: getattr(options, name) for name in _limits()}), kept_method(options)
     model, processor = load(options.model)
     to_device(model, options.device)
-    maps = own_bottleneck(model) and not options.no_maps
+    maps = own_bottleneck(model) and model.HAS_MAPS and not options.no_maps
     store = ImageStore.open(options.store, model, processor, dtype=options.dtype, method=method, maps=maps)
     name = options.name or Path(options.model).name
     return make_app(model, processor, store, name, limits, token, only_local=options.host in LOOPBACK)

@@ -98,7 +98,7 @@ class WritesBottlenecks(AsksQuestions):
         visual = [self.image_token * (n + extra_tokens(method)) for n in inputs["image_lengths"].tolist()]
         return [self._marked(one + super(WritesBottlenecks, self).bottleneck_text()) for one in visual], inputs
 
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """As most processors'; SmolVLM's asks a video processor, which is not there."""
         return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
 

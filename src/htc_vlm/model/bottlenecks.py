@@ -51,6 +51,8 @@ STOCK = {
 class WithBottleneck(HoldsCompressor, GeneratesOverKv):
     """Mixed in front of a family's ForConditionalGeneration."""
 
+    HAS_MAPS = False
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.add_compressor()

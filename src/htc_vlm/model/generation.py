@@ -40,11 +40,13 @@ class Reserve:
 class GeneratesOverKv(GenerationMixin):
     """Mixed in front of a vision-language model with `model.compressor`: compresses images and answers from them.
 
-    IMAGE_INPUTS: the arguments that carry images; a model takes them in `image_groups`.
+    IMAGE_INPUTS: the arguments that carry images; a model takes them in `image_groups`. HAS_MAPS: can be told where the
+    bottleneck looked, a patch of one square grid each?
     image_processor: what makes this model's pixels, a part of the recipe; `load` sets it. None: not known.
     """
 
     IMAGE_INPUTS: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    HAS_MAPS: ClassVar[bool] = True
     image_processor: Any = None
 
     def image_groups(self, **images: Any) -> list[Group]:

@@ -77,8 +77,9 @@ class ImageStore:
         about = About.read(folder)
         stored = None if about is None else method_in(about.recipe)
         encoder = None if model is None else encoder_of(model, processor, method, stored)
-        if maps and isinstance(encoder, StockMethod):
-            raise ValueError("maps are of what a bottleneck looked at, which this model does not have; leave maps out")
+        if maps and (isinstance(encoder, StockMethod) or not getattr(model, "HAS_MAPS", True)):
+            told = "maps are of what a bottleneck looked at in a square grid of patches"
+            raise ValueError(f"{told}, which this model does not have; leave maps out")
         if about is None:
             if encoder is None or read_only:
                 raise ValueError(f"{folder}: no store is there; give a model and its processor to make one")
