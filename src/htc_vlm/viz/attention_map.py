@@ -187,6 +187,8 @@ def _bars(axes: Any, maps: BottleneckMaps, i: int) -> None:
     below = [0.0] * len(layers)
     labels = {"anchors": f"{maps.anchors.shape[-1]} anchors", "patches": "patches", "bottleneck": "bottleneck"}
     for (name, heights), colour in zip(part.items(), ("#d9822b", "#1f5fa8", "#b9bec6"), strict=True):
+        if name == "anchors" and not maps.anchors.shape[-1]:
+            continue
         axes.bar(layers, heights, bottom=below, color=colour, label=labels[name])
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1))
