@@ -76,9 +76,11 @@ def batch(result: dict[str, Any]) -> str:
 
 
 def memory(result: dict[str, Any]) -> str:
-    at = [f"{now['mb']} MB ({now['peak_mb']} at most so far) after {int(mark):,}" for mark, now in result["at"].items()]
-    speed = result["end"]["per_second"]
-    return f"A run over {result['pictures']:,} pictures without a stop: {', '.join(at)}; {speed} pictures/s."
+    at = [f"{now['peak_mb']:,} MB after {int(mark):,}" for mark, now in result["at"].items()]
+    speed = f"{result['end']['per_second']} pictures/s at a load average of {result['load_average']:.0f}"
+    return (
+        f"A run over {result['pictures']:,} pictures without a stop ({speed}): most memory so far {', '.join(at)}."
+    )
 
 
 def ray(result: dict[str, Any]) -> str:

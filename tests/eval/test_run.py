@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from htc_vlm.eval import run_info
 from htc_vlm.eval.answers import AnswersError
 from htc_vlm.eval.run import Ask, rescore, run_task
 from tests import processes
@@ -233,3 +236,15 @@ def test_a_run_leaves_each_question_its_mark(colours: Colours, tmp_path: Path) -
     marks = [json.loads(line) for line in (tmp_path / "colours-test" / "marks.jsonl").read_text().splitlines()]
     assert [(mark["id"], mark["image"]) for mark in marks[:2]] == [("q0", "p0"), ("q1", "p1")]
     assert [mark["score"] for mark in marks] == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_result_names_no_commit_of_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library in a project's .venv: the project's commit stood in its results as the library's."""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "run_info.py").write_text("")
+    monkeypatch.setattr(run_info, "__file__", str(tmp_path / "run_info.py"))
+    found = run_info.provenance()
+    assert found["commit"] is None and found["dirty"] is None

@@ -26,7 +26,7 @@ from htc_vlm.train.stages import STAGES
 from .. import processes
 from .. import tiny_runs as tiny
 
-STEPS, SAVE_EVERY = 40, 6
+STEPS, SAVE_EVERY = 16, 6
 
 
 def preset_file(folder: Path) -> Path:
@@ -96,7 +96,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path)
     output, rng = tmp_path / "run", random.Random(0)
     arguments = tiny.train_arguments(preset_file(tmp_path), "compress", output)
     for _ in range(4):
-        assert start_and_kill(arguments, output, after=SAVE_EVERY, delay_s=0.3 * rng.random()) in (0, -signal.SIGKILL)
+        assert start_and_kill(arguments, output, after=3, delay_s=0.3 * rng.random()) in (0, -signal.SIGKILL)
     assert command.run(arguments) == 0
     assert_same_run(output)
 
@@ -131,7 +131,7 @@ def interrupted(folder: Path) -> Path:
     for name in ("model", "report.json", "loss.png"):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-36", "checkpoint-40"}
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-16"}
     return output
 
 
@@ -139,12 +139,12 @@ def interrupted(folder: Path) -> Path:
 def test_a_half_written_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
     """Trainer goes on without an optimizer's state, silently, and ends elsewhere."""
     output = interrupted(tmp_path)
-    DAMAGES[damage](output / "checkpoint-40")
-    assert last_whole_checkpoint(output) == output / "checkpoint-36"
-    assert not (output / "checkpoint-40").exists()
+    DAMAGES[damage](output / "checkpoint-16")
+    assert last_whole_checkpoint(output) == output / "checkpoint-12"
+    assert not (output / "checkpoint-16").exists()
 
 
-@pytest.mark.parametrize(("n_damaged", "resumed_from"), [(1, "checkpoint-36"), (2, None)])
+@pytest.mark.parametrize(("n_damaged", "resumed_from"), [(1, "checkpoint-12"), (2, None)])
 def test_after_half_written_checkpoints_the_run_ends_with_the_same_weights(
     n_damaged: int, resumed_from: str | None, tmp_path: Path
 ) -> None:
@@ -153,7 +153,7 @@ def test_after_half_written_checkpoints_the_run_ends_with_the_same_weights(
     for checkpoint in sorted(output.glob("checkpoint-*"))[-n_damaged:]:
         cut_state(checkpoint)
     with (output / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "lo')
+        file.write('{"step": 17, "lo')
     assert command.run(tiny.train_arguments(preset_file(tmp_path), "compress", output)) == 0
     assert json.loads((output / "report.json").read_text())["resumed_from"] == resumed_from
     assert_same_run(output)

@@ -48,10 +48,12 @@ def _portable(word: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """commit and dirty (None outside a git checkout, and without git; untracked files do not count), command, versions."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    """commit and dirty (None outside a checkout of this library, and without git; untracked files do not count), command,
+    versions."""
+    is_ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None  # not a project with this in its .venv
+    status = _git("status", "--porcelain", "--untracked-files=no") if is_ours else None
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") if is_ours else None,
         "dirty": None if status is None else bool(status),
         "command": shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
