@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,21 +29,27 @@ def out_of_date(files: Mapping[Path, str]) -> list[str]:
 
 
 def check_or_write(
-    files: Callable[[], Mapping[Path, str]], description: str | None, after: Callable[[], None] | None = None
+    files: Callable[[], Mapping[Path, str]] | Iterable[Callable[[], Mapping[Path, str]]],
+    description: str | None,
+    after: Callable[[], None] | None = None,
 ) -> int:
-    """The command of one page; --check writes nothing and returns 1 for a page that is out of date. after: drawn plots."""
+    """The command of one page, or of several that are written in turn, since one may read another.
+
+    --check writes nothing and returns 1 for a page that is out of date. after: draws plots.
+    """
+    makers = [files] if callable(files) else list(files)
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="say whether the page is up to date; write nothing")
     is_check = arguments.parse_args().check
-    wanted = files()
     if is_check:
-        stale = out_of_date(wanted)
+        stale = [name for make in makers for name in out_of_date(make())]
         if stale:
             print(f"{', '.join(stale)}: not what the results and the code say; `make table` rebuilds it", file=sys.stderr)
         return int(bool(stale))
-    for path, text in wanted.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    for make in makers:
+        for path, text in make().items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     if after is not None:
         after()
     return 0
