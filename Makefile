@@ -1,6 +1,6 @@
 # make demo    pictures -> one token each -> answers and a map          make check   ruff, mypy, import layers
 # make test    the tests: CPU, offline                                make docs    the documentation site, strict
-# make study   the study's own tests                                  make wheel   build the wheel, install it alone, use it
+# make study   tests of the study and the benchmarks                  make wheel   build the wheel, install it alone, use it
 # make slow    the slow tests                                         make table   rebuild pages and plots from results
 # make repeat  the tests RUNS times (10), to find those that fail now and then
 # The first target that runs makes .venv from scratch.
@@ -36,7 +36,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 test: $(READY)
-	$(PYTEST) tests src
+	$(PYTEST) tests src --ignore tests/benchmarks
 
 repeat: $(READY)
 	scripts/repeat_tests.sh $(RUNS)
@@ -49,7 +49,7 @@ page: $(READY)
 	$(BIN)/python -m pytest -q -m slow tests/serve tests/cli/test_serve.py
 
 study: $(READY)
-	$(PYTEST) study
+	$(PYTEST) study tests/benchmarks
 
 slow: $(READY)
 	$(PYTEST) -m slow tests src study

@@ -79,6 +79,7 @@ def start_and_kill(arguments: list[str], output: Path, after: int, delay_s: floa
     return process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_started_again_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL gives no chance to tidy up; optimizer, schedule, data order and metrics must all go on where they were."""
     output = tmp_path / "run"
