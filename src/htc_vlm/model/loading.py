@@ -40,8 +40,8 @@ def load(
 ) -> tuple[Any, Any]:
     """`load("tiny")`, or the folder of a checkpoint -> (model in eval mode, processor).
 
-    LLaVA-1.5 and HTC-VLM checkpoints become ours, those of other families too where a bottleneck was put into them (`htc-vlm
-    convert`); other vision-language models are transformers' own (`families`).
+    LLaVA-1.5 and HTC-VLM checkpoints become ours, those of other families too where a bottleneck was put into them
+    (`htc-vlm convert`); other vision-language models are transformers' own (`families`).
     compressor: use these weights with another method (e.g. {"name": "voco"} on an uncompressed model is the paper's
     lower bound). adapter: a folder that `save_adapter` wrote; the base answers text and whole images as without it
     (`without_compression(model)`), and from compressed ones. kwargs go to from_pretrained. FileNotFoundError, or ValueError
