@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 LOOK_AT_ALL = (  # every test that looks at all methods, benchmarks or quantizers, beside the contract
     "tests/test_layers.py", "tests/test_docs.py", "tests/test_paper_map.py", "tests/test_registry.py", "tests/cli/test_cost.py",
     "tests/benchmarks/test_methods.py", "tests/quantizers/test_second_quantizer.py", "tests/eval/test_official_tasks.py",
-    "tests/applied/test_family_table.py", "study/tests/test_pages.py",
+    "study/tests/test_pages.py",
 )  # fmt: skip
 QUANTIZER = '''"""The mean colour of each block, rounded to so many levels.
 

@@ -136,6 +136,7 @@ def test_the_help_of_no_command_imports_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_public_names_come_when_a_command_asks_for_them() -> None:
     """A command that puts off the imports must find the same names, and the Auto classes must know the model."""
     code = (
