@@ -38,7 +38,7 @@ def data(folder: Path) -> list[dict[str, str]]:
 def test_two_steps_train_the_bottleneck_of_a_family(family: str, tmp_path: Path) -> None:
     """Pictures of several sizes in one batch, parameters under the family's names, a model that is saved to be asked."""
     start = stock_families.save(family, tmp_path / "start")
-    block = {"steps": 2, "images_per_step": 4, "learning_rate": 0.01, "compressor": {"name": "voco"}}
+    block = {"steps": 2, "images_per_step": 4, "learning_rate": 0.01, "warmup_steps": 0, "compressor": {"name": "voco"}}
     preset = {"name": "p", "data": data(tmp_path), "stages": {"compress": block}}
     report = setup.train_stage(preset, "compress", tmp_path / "out", start=str(start), device="cpu")
     assert report["steps"] == 2
@@ -46,7 +46,8 @@ def test_two_steps_train_the_bottleneck_of_a_family(family: str, tmp_path: Path)
     before, _ = with_compressor(start, {"name": "voco"}, dtype=torch.float32)
     new = model.config.bottleneck_token_id
     rows = [one.get_input_embeddings().weight[new].float() for one in (model, before)]
-    assert (rows[0] - rows[1]).abs().max() > 1e-3, "the bottleneck token's embedding must have learnt"
+    # Adam's first step is the learning rate; rounding to bfloat16 when saved is below 0.002 of these weights
+    assert (rows[0] - rows[1]).abs().max() > 5e-3, "the bottleneck token's embedding must have learnt"
     answerer = Answerer(model, processor)
     kept = answerer.encode([Image.open(tmp_path / f"{i}.png").convert("RGB") for i in range(2)])
     assert len(answerer.ask(kept, [0, 1], ["what is red ?"] * 2, 2)) == 2
