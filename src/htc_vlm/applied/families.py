@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
@@ -163,13 +163,7 @@ class InternVL(Family):
         return last_tiles(images["pixel_values"], [n // self.n_tile for n in lengths])
 
     def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
-        n_tile = self.n_tile
-        if n_patches != n_tile:
-            raise ValueError(
-                f"this image is {n_patches // n_tile} tiles of InternVL, which have no common grid; give the processor "
-                "crop_to_patches=False (one tile), or use divprune or random_drop"
-            )
-        return math.isqrt(n_tile), math.isqrt(n_tile)
+        return grid_of_one_tile(n_patches, self.n_tile, "InternVL", "crop_to_patches=False")
 
 
 class SmolVLM(Family):
@@ -194,13 +188,7 @@ class SmolVLM(Family):
         return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2)
 
     def grid_of(self, n_patches: int, position: Tensor | None) -> tuple[int, int] | None:
-        n_tile = self.n_tile
-        if n_patches != n_tile:
-            raise ValueError(
-                f"this image is {n_patches // n_tile} tiles of {type(self.model).__name__}, which have no common grid; give "
-                "the processor do_image_splitting=False (one tile), or use divprune or random_drop"
-            )
-        return math.isqrt(n_tile), math.isqrt(n_tile)
+        return grid_of_one_tile(n_patches, self.n_tile, type(self.model).__name__, "do_image_splitting=False")
 
 
 class QwenVL(Family):
@@ -250,6 +238,16 @@ class Qwen3VL(QwenVL):
     no_bottleneck = "its first layers add deep features of the tower to the visual tokens, which a compress pass does not"
 
 
+def grid_of_one_tile(n_patches: int, n_tile: int, model: str, option: str) -> tuple[int, int]:
+    """(rows, columns) of an image of one square tile; ValueError for several, naming the processor's option for one."""
+    if n_patches != n_tile:
+        raise ValueError(
+            f"this image is {n_patches // n_tile} tiles of {model}, which have no common grid; give the processor {option} "
+            "(one tile), or use divprune or random_drop"
+        )
+    return math.isqrt(n_tile), math.isqrt(n_tile)
+
+
 def last_tiles(tiles: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """(tiles, 3, height, width) of pictures that have so many each -> the last of each, which shows the whole picture.
 
@@ -287,8 +285,3 @@ def family_class(model_type: str) -> type[Family]:
     """The family of a model type, of ours with a bottleneck (`htc_vlm_internvl`) too; the defaults where it is not known."""
     stock = model_type.removeprefix(OURS)
     return next((family for family in KNOWN if stock in family.model_types), Family)
-
-
-def has_clip_tower(family: Family) -> bool:
-    """Is the vision tower one in which VisionZip and ToMe act?"""
-    return family.tower_acts and isinstance(family.headless.vision_tower, CLIPVisionModel)
