@@ -161,11 +161,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             check_movable(self.compressor.name, self.language_model, input_ids.shape[1])
         has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
         if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
-            like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            if position_ids is None:
-                raise ValueError("images amid the text need position_ids beside kv_positions; use compressed=...")
-            attention_mask = hf_compat.mask_over_kv(
-                self.language_model.config, like, attention_mask, past_key_values, position_ids, kv_positions
+            attention_mask = compressing.mask_amid_text(
+                self, self.language_model, input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, kv_positions
             )
         elif not has_past and (self.compressor.n_bottleneck or question_ids is not None):
             attention_mask, position_ids = self._masked_pass(
@@ -269,11 +266,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
         layout = self.layout(input_ids, attention_mask, question_ids)
         has_image = bool(layout.is_visual.any())
-        if not has_image and bool(layout.is_bottleneck.any()):
-            raise ValueError(
-                "the prompt has bottleneck tokens and no image: they would be read as words; give compressed=... (what "
-                "model.compress returned), or the image with its placeholders"
-            )
+        compressing.check_has_image(layout, has_image)
         if not has_image and question_ids is None:
             return attention_mask, position_ids  # text only: plain LLaVA
         if has_image and self.compressor.n_bottleneck:

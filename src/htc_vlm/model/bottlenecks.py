@@ -183,17 +183,11 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
             return self._with_images(input_ids, attention_mask, labels, logits_to_keep, images, kwargs)
         n_new = (inputs_embeds if input_ids is None else input_ids).shape[1]  # type: ignore[union-attr]
         has_past = past_key_values is not None and hf_compat.has_past(past_key_values, n_new)
-        if not has_past and input_ids is not None and bool(self.layout(input_ids, attention_mask).is_bottleneck.any()):
-            raise ValueError(
-                "the prompt has bottleneck tokens and no image: they would be read as words; give compressed=... (what "
-                "model.compress returned), or the image with its placeholders"
-            )
+        if not has_past and input_ids is not None:
+            compressing.check_has_image(self.layout(input_ids, attention_mask), has_image=False)
         if has_past and kv_positions is not None and n_new > 1:
-            like = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            if position_ids is None:
-                raise ValueError("images amid the text need position_ids beside kv_positions; use compressed=...")
-            attention_mask = hf_compat.mask_over_kv(
-                self.get_decoder().config, like, attention_mask, past_key_values, position_ids, kv_positions
+            attention_mask = compressing.mask_amid_text(
+                self, self.get_decoder(), input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, kv_positions
             )
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
@@ -221,9 +215,7 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         visual = torch.cat([group.visual[row] for group, row in places]).to(embeds.device, embeds.dtype)
         embeds = embeds.masked_scatter(layout.is_visual[..., None], visual)
         costs = [group.cost if method.positions == "sequential" else 0 for group, _ in places]
-        visible = method.visible(layout)
-        if visible is None:
-            raise ValueError(f"compressor {method.name!r} has bottleneck tokens but no mask around them")
+        visible = compressing.mask_around(method, layout)
         ids = rope.with_images(layout, [group.place.to(embeds.device) for group, _ in places], costs)
         return super().forward(
             inputs_embeds=embeds, attention_mask=hf_compat.ready_mask(decoder.config, embeds, attention_mask, visible),

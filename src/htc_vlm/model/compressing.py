@@ -99,9 +99,7 @@ def run(
     n_bottleneck = bottleneck.shape[0]
     embeds = torch.cat((visual, bottleneck.expand(n_images, -1, -1)), dim=1)
     kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
-    visible = compressor.visible(TokenLayout.from_kind(kinds.expand(n_images, -1)))
-    if visible is None:
-        raise ValueError(f"compressor {compressor.name!r} has bottleneck tokens but no mask around them")
+    visible = mask_around(compressor, TokenLayout.from_kind(kinds.expand(n_images, -1)))
     position_ids = rope.for_rows(rope.around_image(n_visual, n_bottleneck, positions, visual.device), n_images)
     out = decoder(
         inputs_embeds=embeds,
@@ -111,6 +109,31 @@ def run(
         output_hidden_states=output_hidden_states,
     )
     return out, position_ids
+
+
+def mask_around(compressor: Compressor, layout: TokenLayout) -> Tensor:
+    """(B, L, L) who sees whom in the single pass; ValueError for a compressor that says nothing of it."""
+    visible = compressor.visible(layout)
+    if visible is None:
+        raise ValueError(f"compressor {compressor.name!r} has bottleneck tokens but no mask around them")
+    return visible
+
+
+def mask_amid_text(
+    model: Any,
+    decoder: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    cache: Any,
+    position_ids: Tensor | None,
+    kv_positions: Tensor,
+) -> Any:
+    """The mask of text over images that stand amid it. ValueError without the text's positions."""
+    if position_ids is None:
+        raise ValueError("images amid the text need position_ids beside kv_positions; use compressed=...")
+    like = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    return hf_compat.mask_over_kv(decoder.config, like, attention_mask, cache, position_ids, kv_positions)
 
 
 def attention(decoder: Any, compressor: Compressor, group: Group, bottleneck: Tensor | None) -> Tensor:
@@ -138,6 +161,15 @@ def bottleneck_embeds(model: Any, compressor: Compressor, like: Tensor) -> Tenso
         return None
     ids = torch.full((compressor.n_bottleneck,), bottleneck_id(model.config, compressor), device=like.device)
     return model.get_input_embeddings()(ids).to(like.dtype)
+
+
+def check_has_image(layout: TokenLayout, has_image: bool) -> None:
+    """ValueError for prompts with bottleneck tokens and no image."""
+    if not has_image and bool(layout.is_bottleneck.any()):
+        raise ValueError(
+            "the prompt has bottleneck tokens and no image: they would be read as words; give compressed=... (what "
+            "model.compress returned), or the image with its placeholders"
+        )
 
 
 def check_bottlenecks(layout: TokenLayout, compressor: Compressor) -> None:
