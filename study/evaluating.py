@@ -119,10 +119,17 @@ def image_inputs(model: Any, cache: FeatureCache, codes: np.ndarray | None, numb
 
 
 class SharedAnswerer(Answerer):
-    """Answers about the pictures of one test set, from their features; each picture is compressed once."""
+    """Answers about the pictures of one test set, from their features; each picture is compressed once.
 
-    def __init__(self, model: Any, processor: Any, tests: TaskSet, cache: FeatureCache, codes: np.ndarray | None) -> None:
+    n_entries: of an elastic model, how many entries a picture gets; None: all.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, tests: TaskSet, cache: FeatureCache, codes: np.ndarray | None,
+        n_entries: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(model, processor)
+        self.n_entries = n_entries
         self.number = {image: i for i, image in enumerate(tests.images)}
         self.features, self.codes = cache, codes
         self.cells = self._all_cells() if model.model.compressor.n_bottleneck else None
@@ -135,7 +142,8 @@ class SharedAnswerer(Answerer):
         """No batch of one image: codes could not be exchanged there (anchor_source: shuffled)."""
         n_batches = max(1, len(self.number) // batch_size)
         groups = np.array_split(np.arange(len(self.number)), n_batches)
-        return CompressedImages.concat([self.model.compress(**self.inputs_of(group.tolist())) for group in groups])
+        inputs = (self.inputs_of(group.tolist()) for group in groups)
+        return CompressedImages.concat([self.model.compress(**one, n_entries=self.n_entries) for one in inputs])
 
     def answer_batch(self, asks: Sequence[AskLike], max_new_tokens: int) -> list[list[str]]:
         """As Answerer's, without loading a picture."""

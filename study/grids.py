@@ -53,6 +53,18 @@ def scores_grid(study: StudyTable, group: str | None = None) -> list[list[str]]:
     return lines
 
 
+def entries_grid(study: StudyTable) -> list[list[str]]:
+    """What the first entries of an elastic row keep: a line a budget, means over its seeds."""
+    metrics = headlines(study)
+    lines = [["row", "entries", *(metric.removesuffix("/score") for metric in metrics)]]
+    for row in study.rows:
+        for n_entries in dict.fromkeys(n for result in row.results for n in result.get("by_entries", ())):
+            found = [result["by_entries"][n_entries]["metrics"] for result in row.results if n_entries in result["by_entries"]]
+            means = (statistics.fmean(one[metric] for one in found) for metric in metrics)
+            lines.append([row.title, n_entries, *(f"{mean:.1f}" for mean in means)])
+    return lines
+
+
 def retention_grid(study: StudyTable) -> list[list[str]]:
     """Both formulas, each as printed, capped at 100 %, without its most generous column; in percent."""
     columns, _ = separating(study, study.columns())

@@ -17,7 +17,7 @@ from study import ladder
 from study.curves import draw_curves, records
 from study.definitions import read_tables
 from study.generated import ROOT, check_or_write
-from study.grids import cost_grid, csv_grid, differences_grid, lines_grid, refusals, retention_grid
+from study.grids import cost_grid, csv_grid, differences_grid, entries_grid, lines_grid, refusals, retention_grid
 from study.paper import table2_rows
 from study.plots import draw
 from study.probe import as_markdown as probe_table
@@ -123,6 +123,9 @@ def section(study: StudyTable) -> str:
         parts += [told, to_markdown(lines_grid(study))]
     else:
         parts.append(to_markdown(overview(study)))
+    fewer = entries_grid(study)
+    if len(fewer) > 1:
+        parts += ["The same weights with fewer entries an image (`compress(..., n_entries=...)`):", to_markdown(fewer)]
     differences = settled(differences_grid(study)) if study.table.compare else []
     if len(differences) > 1:
         parts.append(to_markdown(differences))

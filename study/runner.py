@@ -192,20 +192,25 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
         if job.config["method"] is None:
             raise
         return {"metrics": {}, "impossible": str(error)}
-    out: dict[str, Any] = {"metrics": {}, "answers": {}, "recipe": model.recipe().digest}
+    out: dict[str, Any] = {"recipe": model.recipe().digest}
     started = time.perf_counter()
     with applied_method(job, model) as applied:
-        for name, one in tests.items():
-            answerer = evaluating.SharedAnswerer(model, processor, one, caches[name], codes[name])
-            texts = evaluating.answer_all(answerer, one, job.folder(study) / "eval" / name, study.batch_size)
-            questions = evaluating.with_baselines(one, study.results)
-            right = answers.right_answers(one.items, texts)
-            out["metrics"] |= answers.metrics_of(name, answers.unpacked_bits(answers.packed_bits(right), len(right)), questions)
-            out["answers"][name] = {
-                "questions_sha256": one.sha256,
-                "n_questions": len(right),
-                "right": answers.packed_bits(right),
-            }
+
+        def ask(n_entries: int | None) -> dict[str, Any]:
+            found: dict[str, Any] = {"metrics": {}, "answers": {}}
+            for name, one in tests.items():
+                answerer = evaluating.SharedAnswerer(model, processor, one, caches[name], codes[name], n_entries)
+                folder = job.folder(study) / "eval" / (name if n_entries is None else f"{name}@{n_entries}")
+                texts = evaluating.answer_all(answerer, one, folder, study.batch_size)
+                right = answers.right_answers(one.items, texts)
+                bits, questions = answers.packed_bits(right), evaluating.with_baselines(one, study.results)
+                found["metrics"] |= answers.metrics_of(name, answers.unpacked_bits(bits, len(right)), questions)
+                found["answers"][name] = {"questions_sha256": one.sha256, "n_questions": len(right), "right": bits}
+            return found
+
+        out |= ask(None)
+        if fewer := model.model.compressor.budgets[:-1]:  # an elastic model: also what its first entries keep
+            out["by_entries"] = {str(n_entries): ask(n_entries) for n_entries in fewer}
     compressor = model.model.compressor if applied is None else applied.method
     n_patches, n_layers = next(iter(caches.values())).meta.n_patches, len(schedule)
     return out | {

@@ -13,7 +13,7 @@ import yaml
 from study import answers
 from study.cli import table as table_command
 from study.definitions import Comparison, followed, read_experiment, read_tables
-from study.grids import cost_grid, csv_grid, differences_grid, lines_grid, retention_grid, scores_grid
+from study.grids import cost_grid, csv_grid, differences_grid, entries_grid, lines_grid, retention_grid, scores_grid
 from study.study_tables import compared, load_table, retention, separating
 
 REPO = Path(__file__).resolve().parents[2]
@@ -213,3 +213,12 @@ def test_the_study_of_this_repository_is_whole() -> None:
         for side in (*sides, *bounds):
             assert (root / f"{side}.yaml").is_file(), side
         assert {member for members in table.lines.values() for member in members} <= set(table.rows)
+
+
+def test_an_elastic_row_says_what_its_first_entries_keep(study: Path) -> None:
+    """Right by hand: means over the two seeds, and no line for rows that have one size only."""
+    for seed, (one, two) in enumerate(((50.0, 60.0), (52.0, 66.0))):
+        file = study / "results" / "table1" / "a" / f"{seed}.json"
+        kept = {str(n): {"metrics": {"scenes/score": score}} for n, score in ((1, one), (2, two))}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"by_entries": kept}))
+    assert entries_grid(load(study)) == [["row", "entries", "scenes"], ["A", "1", "51.0"], ["A", "2", "63.0"]]

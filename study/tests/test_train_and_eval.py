@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from htc_vlm.eval.task import make_task
-from study import answers
+from htc_vlm.model.loading import load
+from study import answers, evaluating
 from study.cli import train_and_eval
 from tests import processes, tiny_runs
 
@@ -61,6 +62,24 @@ def arguments(study: Path, *names: str, more: tuple[str, ...] = ()) -> list[str]
 def result(study: Path, name: str, seed: int = 0) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((study / "results" / name / f"{seed}.json").read_text())
     return content
+
+
+def test_an_elastic_row_is_asked_with_each_number_of_entries(study: Path) -> None:
+    """One checkpoint for several budgets is worth what each of them keeps. With all entries it is the row's own score."""
+    elastic = {"name": "readers", "n_readers": 2, "n_bottleneck": 2, "elastic": True}
+    write(study, "long/elastic", {"compressor": elastic, "training": {"steps": 2}})
+    assert train_and_eval.run(arguments(study, "long/elastic")) == 0
+    found = result(study, "long/elastic")
+    assert list(found["by_entries"]) == ["1"] and found["cached_tokens"] == 2
+    assert set(found["by_entries"]["1"]["metrics"]) == set(found["metrics"])
+    folder = study / "work" / "long" / "elastic" / "0"
+    model, processor = load(folder / "train" / "model")
+    tests = evaluating.task_set("scenes", "pictograms", "test-unseen", N_QUESTIONS, "data")
+    cache = evaluating.features_of(tests, model.model.vision_tower, tiny_runs.cache())
+    sizes = [evaluating.SharedAnswerer(model, processor, tests, cache, None, n).cells for n in (1, 2, None)]
+    assert [cells.n_bottleneck for cells in sizes if cells is not None] == [1, 2, 2]
+    lines = (folder / "eval" / "scenes@1" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == N_QUESTIONS
 
 
 def test_a_trained_row_becomes_a_result_file_with_all_that_checks_ask_for(study: Path, capsys: Any) -> None:
