@@ -20,6 +20,7 @@ import htc_vlm
 from htc_vlm.testing.families import PINPOINTS, tiny_model
 
 SPLIT: dict[str, Any] = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}
+HALF: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {  # image processor, and what processor_config.json says besides
     "llava_next": (
         LlavaNextImageProcessorPil(
@@ -38,6 +39,9 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {  # image processor, and wh
     "idefics3": (Idefics3ImageProcessorPil(**SPLIT), {"image_seq_len": 9}),
     "qwen2_5_vl": (
         Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2304}), {}
+    ),
+    "qwen3_vl": (  # the same image processor, with its own normalisation
+        Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2304}, **HALF), {}
     ),
 }  # fmt: skip
 MARKS = {

@@ -170,13 +170,30 @@ def test_the_loss_reaches_the_embedding_the_second_look_and_the_patches() -> Non
         assert weights[f"model.{name}"].grad.abs().max() > 0, name
 
 
-def test_gradient_checkpointing_is_refused() -> None:
-    """transformers drops the cache silently there: the text would not see the image."""
-    model = tinies.build(readers())
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(ValueError, match="gradient checkpointing drops"):
-        model(**batch([[*image_ids(model), 5, 6]]), pixel_values=pixels(1))
+@torch.enable_grad()
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_activation_checkpointing_gives_equal_loss_and_gradients(reentrant: bool) -> None:
+    """transformers takes the cache from checkpointed layers: the text would not see the image. Written twice, in the backward
+    pass too, entries would double; with reentry no gradient would reach the picture."""
+    found, runs = [], []
+    for checkpointing in (False, True):
+        model = tinies.build(readers())
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+        inputs = batch([[*image_ids(model), 5, 6, 7], [*image_ids(model), 8]])
+        labels = inputs["input_ids"].masked_fill(~tinies.is_text(inputs), -100)
+        loss = model(**inputs, pixel_values=pixels(2), labels=labels).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, grads), (loss_again, grads_again) = found
+    assert len(runs) == 3 * 4, "patches, two looks and text: once, and twice where activations are computed again"
+    assert loss.equal(loss_again) and grads.keys() == grads_again.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, grads_again[name], atol=1e-6, rtol=1e-5)
+    with torch.no_grad():  # in the middle of training, say to look at an answer
+        assert model.compress(pixel_values=pixels(1)).kv.equal(model.eval().compress(pixel_values=pixels(1), path="general").kv)
 
 
 @torch.no_grad()

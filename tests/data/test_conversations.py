@@ -167,6 +167,21 @@ def test_images_stay_in_the_question_when_the_style_says_so(words: PreTrainedTok
     assert first == "<image> <voco> <image> <voco> Look at and . no </s>".split()
 
 
+@pytest.mark.parametrize("images_first", [True, False])
+def test_each_picture_has_its_own_tokens(words: PreTrainedTokenizerFast, images_first: bool) -> None:
+    """Pictures of two sizes have different numbers of tokens: taken from the wrong one, a picture would end in the text."""
+    record = Record("x", (Turn("Look at <image> and <image> .", "no"), Turn("<image> and where ?", "top")))
+    texts = ["<image><image><voco>", "<image><voco>", "<image><image><image><voco>"]
+    found = words.convert_ids_to_tokens(encode(record, words, texts, replace(TINY, images_first=images_first)).input_ids)
+    one, two, three = (" ".join(["<image>"] * n) + " <voco>" for n in (2, 1, 3))
+    wanted = f"{one} {two} {three} Look at and . no </s> and where ? top </s>"
+    if not images_first:
+        wanted = f"Look at {one} and {two} . no </s> {three} and where ? top </s>"
+    assert found == wanted.split()
+    with pytest.raises(ValueError, match="questions have 3 <image>, and 2 images were given"):
+        encode(record, words, texts[:2])
+
+
 def test_a_tokenizer_without_an_end_is_refused(words: PreTrainedTokenizerFast) -> None:
     """A model trained without it never stops."""
 

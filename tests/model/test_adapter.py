@@ -81,6 +81,24 @@ def test_only_the_adapter_and_the_compressor_learn(stock: Path) -> None:
     assert all(any(f"layers.{i}.self_attn.k_proj.lora_A" in name for name in learned) for i in range(tinies.N_LAYERS))
 
 
+def test_checkpointed_layers_are_computed_again_with_the_adapter(stock: Path) -> None:
+    """In the backward pass the text's layers are without it and the image's with it, as they were: else other gradients."""
+    model, found = with_adapter(stock), []
+    freeze(model, ("adapter", "model.compressor."))
+    inputs = batch([[*image_ids(model), 5, 6, 7]])
+    labels = inputs["input_ids"].masked_fill(~tinies.is_text(inputs), -100)
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(**inputs, pixel_values=pixels(1), labels=labels).loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert found[0].keys() == found[1].keys() and any(grad.any() for grad in found[0].values())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_a_saved_adapter_gives_the_same_entries_and_is_small(stock: Path, tmp_path: Path) -> None:
     """A compressor that is passed on as a file, without the weights of the model it belongs to."""

@@ -16,7 +16,7 @@ import htc_vlm_cli
 from .. import stock_families
 
 QUESTION = "what is at the top left ?"
-QUICK = ("qwen2_5_vl", "internvl", "idefics3")
+QUICK = ("qwen3_vl", "internvl", "idefics3")
 families = pytest.mark.parametrize(
     "family", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in stock_families.PROCESSORS]
 )

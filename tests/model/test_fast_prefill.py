@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import GraniteConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration, fast_prefill
 from htc_vlm.ops import cost
@@ -29,7 +29,7 @@ def model_with(text: PreTrainedConfig, n_bottleneck: int = 1, attention: str = "
         torch.manual_seed(0)
         model = HtcVlmForConditionalGeneration(config).eval()
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero by default: a forgotten one would not show
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # 0 or 1 by default: a forgotten one would not show
                 nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -67,6 +67,7 @@ DECODERS = {
     "mistral": decoder(MistralConfig, sliding_window=None),
     "mistral, window as wide as an image": decoder(MistralConfig, sliding_window=N_VISUAL + 3),
     "qwen2": decoder(Qwen2Config),
+    "qwen3": decoder(Qwen3Config, head_dim=8),
 }
 
 
@@ -169,7 +170,7 @@ def test_where_it_does_not_apply_it_is_refused_by_name(monkeypatch: pytest.Monke
             model.compress(pixel_values=pixels(2), path="fast")
 
     refused(shared({"name": "voco"}), "visual_attention is 'causal'")
-    refused(model_with(decoder(Qwen3Config)), "the language model is a Qwen3Model; known: LlamaModel")
+    refused(model_with(decoder(GraniteConfig)), "the language model is a GraniteModel; known: LlamaModel")
     with pytest.raises(ValueError, match=f"a sliding window of {N_PATCHES}"):  # on neither path, see movable.py
         model_with(decoder(MistralConfig, sliding_window=N_PATCHES)).compress(pixel_values=pixels(2))
     dropping = model_with(decoder(attention_dropout=0.5))

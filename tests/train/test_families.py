@@ -17,16 +17,18 @@ from htc_vlm.train import setup
 from .. import stock_families
 
 SIZES = [(40, 30), (30, 90), (64, 64)]
-QUICK = ("qwen2_5_vl",)
+QUICK = ("qwen3_vl",)
 
 
 def data(folder: Path) -> list[dict[str, str]]:
-    """Three pictures of three sizes, and a conversation without any."""
+    """Three pictures of three sizes, the last beside the first, and a conversation without any."""
     samples: list[dict[str, object]] = []
     for i, size in enumerate(SIZES):
         Image.effect_noise(size, 60).convert("RGB").save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat is at the top left ?"}, {"from": "gpt", "value": "red house"}]
-        samples.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+        images = [f"{i}.png"] if i < 2 else [f"{i}.png", "0.png"]
+        asked = "<image>\n" * len(images) + "what is at the top left ?"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "red house"}]
+        samples.append({"id": str(i), "image": images, "conversations": turns})
     turns = [{"from": "human", "value": "what is red ?"}, {"from": "gpt", "value": "house"}]
     (folder / "data.json").write_text(json.dumps([*samples, {"id": "t", "conversations": turns}]))
     return [{"task": "mine", "json": str(folder / "data.json")}]

@@ -35,7 +35,6 @@ class Family:
     tower: ClassVar[str] = "its vision tower has no place for methods here"
     tile_marks: ClassVar[bool] = False  # does the prompt have marks between the tiles of a picture?
     grid: ClassVar[str | None] = "it is not known where in the picture its tokens are"  # why there is none; None: there is
-    no_bottleneck: ClassVar[str | None] = None  # why no bottleneck can be put into it; None: one can
     tells_pictures: ClassVar[bool] = True  # does get_image_features give one tensor for each picture?
 
     def __init__(self, model: Any) -> None:
@@ -235,7 +234,6 @@ class Qwen3VL(QwenVL):
 
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
-    no_bottleneck = "its first layers add deep features of the tower to the visual tokens, which a compress pass does not"
 
 
 def grid_of_one_tile(n_patches: int, n_tile: int, model: str, option: str) -> tuple[int, int]:

@@ -6,6 +6,9 @@ Differs: nothing is patched: masks go in ready-made, caches are built from tenso
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -140,6 +143,61 @@ def has_past(cache: Cache, n_new: int) -> bool:
     return (n_new == 1 or bool(length > 0)) if isinstance(length, Tensor) else length > 0
 
 
+def run_over_cache(
+    decoder: Any, cache: DynamicCache, recomputed_in: Callable[[], AbstractContextManager] = nullcontext, **inputs: Any
+) -> Any:
+    """A decoder's pass that reads `cache` and writes to it, with gradients too, whether its layers are checkpointed or not.
+
+    recomputed_in: what checkpointed layers are computed again in, where the pass itself runs in such a block.
+    """
+    with checkpointing_over(cache, decoder, recomputed_in):
+        out = decoder(past_key_values=cache, use_cache=False, **inputs)
+    out.past_key_values = cache
+    return out
+
+
+@contextmanager
+def checkpointing_over(
+    cache: DynamicCache, decoder: Any, recomputed_in: Callable[[], AbstractContextManager]
+) -> Iterator[None]:
+    """Inside the block checkpointed layers keep their cache, which transformers else takes from them: one that counts the last
+    writing only can be written again in the backward pass. Without reentry, so that gradients reach what was written."""
+    layers = [layer for layer in decoder.layers if getattr(layer, "gradient_checkpointing", False) and decoder.training]
+    former = [layer._gradient_checkpointing_func for layer in layers]
+    if layers:
+        cache.layers = [Rewritable(layer) for layer in cache.layers]
+    for layer, checkpoint in zip(layers, former, strict=True):
+        layer._can_checkpoint_with_cache = True
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputed_in())
+        )
+    try:
+        yield
+    finally:
+        for layer, checkpoint in zip(layers, former, strict=True):
+            del layer._can_checkpoint_with_cache
+            layer._gradient_checkpointing_func = checkpoint
+
+
+class Rewritable(DynamicLayer):
+    """A cache layer of one pass: what is written again takes the place of what was written first."""
+
+    def __init__(self, begin: Any) -> None:
+        super().__init__()
+        self.begin: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
+        if begin.is_initialized:
+            self.dtype, self.device, self.is_initialized = begin.keys.dtype, begin.keys.device, True
+            self.keys, self.values = begin.keys, begin.values
+            self.begin = (begin.keys,), (begin.values,)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat((*self.begin[0], key_states), dim=-2)
+        self.values = torch.cat((*self.begin[1], value_states), dim=-2)
+        return self.keys, self.values
+
+
 def kv_from_cache(cache: DynamicCache, n_last: int) -> Tensor:
     """The last n_last entries of every layer -> (B, layers, 2, kv heads, n_last, head_dim)."""
     layers = [torch.stack((layer.keys[:, :, -n_last:], layer.values[:, :, -n_last:]), dim=1) for layer in cache.layers]
@@ -165,7 +223,8 @@ def attention_of_last_rows(
     for layer, entering, stored in zip(language_model.layers, hidden_states, cache.layers, strict=False):
         attention = layer.self_attn
         last = layer.input_layernorm(entering[:, -n_last:])
-        query = attention.q_proj(last).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query = attention.q_proj(last).unflatten(-1, (-1, attention.head_dim))
+        query = attention.q_norm(query).transpose(1, 2) if hasattr(attention, "q_norm") else query.transpose(1, 2)
         query, _ = apply_rotary_pos_emb(query, query, cos, sin)
         keys = repeat_kv(stored.keys, attention.num_key_value_groups)
         scores = (query @ keys.transpose(2, 3)).float() * attention.scaling
@@ -173,6 +232,13 @@ def attention_of_last_rows(
         future = torch.ones(n_last, length, dtype=torch.bool, device=scores.device).triu(length - n_last + 1)
         rows.append(scores.masked_fill(future, float("-inf")).softmax(dim=-1))
     return torch.stack(rows, dim=1)
+
+
+def deep_features(is_visual: Tensor, deep: Tensor | None) -> dict[str, Any]:
+    """What a decoder is given to add `deep` (n, N, C, D) behind its first n layers to the tokens where is_visual (N, L)."""
+    if deep is None:
+        return {}
+    return {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(deep.flatten(1, 2))}
 
 
 def compute_dtype(module: nn.Module, other: torch.dtype) -> torch.dtype:

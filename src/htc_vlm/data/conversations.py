@@ -60,10 +60,12 @@ class Encoded:
         return sum(label != IGNORE for label in self.labels)
 
 
-def encode(record: Record, tokenizer: Tokenizer, image_text: str, style: PromptStyle = TINY) -> Encoded:
+def encode(
+    record: Record, tokenizer: Tokenizer, image_text: str | Sequence[str], style: PromptStyle = TINY
+) -> Encoded:
     """A conversation as one sequence; labels are the answers with their ends, -100 elsewhere.
 
-    `image_text` is what stands for one image: its placeholders and bottleneck tokens, from the processor.
+    `image_text` is what stands for one image, or for each: its placeholders and bottleneck tokens, from the processor.
     Each answer follows the ids that `prompt_ids.PromptIds.question` gives when its question is asked.
     """
     made = PromptIds(tokenizer, style)

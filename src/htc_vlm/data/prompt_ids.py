@@ -42,12 +42,18 @@ class PromptIds:
             ids += prompt + self.answer(answer)
         return ids + prompts[-1]
 
-    def prompts(self, questions: Sequence[str], image_text: str) -> list[list[int]]:
-        """The prompt of each turn. `image_text`: what stands for one image, from the processor."""
+    def prompts(self, questions: Sequence[str], image_text: str | Sequence[str]) -> list[list[int]]:
+        """The prompt of each turn. `image_text`: what stands for an image, from the processor; one for all, or one for each
+        (ValueError where there are not as many)."""
         first, *rest = questions
         n_later = sum(question.count(IMAGE) for question in rest) if self.style.images_first else 0
-        begin = self.begin(image_text * n_later + self.style.prompt(first, image_text))
-        return [begin, *(self.after_answer(self.style.user(question, image_text)) for question in rest)]
+        texts = [IMAGE * n_later + self.style.prompt(first), *(self.style.user(question) for question in rest)]
+        n_images = sum(text.count(IMAGE) for text in texts)
+        images = [image_text] * n_images if isinstance(image_text, str) else list(image_text)
+        if len(images) != n_images:
+            raise ValueError(f"the questions have {n_images} {IMAGE}, and {len(images)} images were given; give one for each")
+        begin, *later = (_with_images(text, images) for text in texts)
+        return [self.begin(begin), *(self.after_answer(text) for text in later)]
 
     def begin(self, text: str) -> list[int]:
         """Text at the begin of a sequence. A BOS that the text has already (from a chat template) is not doubled."""
@@ -95,3 +101,13 @@ class PromptIds:
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _with_images(text: str, images: list[str]) -> str:
+    """The text with an image at each `<image>`; takes them out of `images`, from the front.
+
+    >>> _with_images("a <image> and <image>", ["<image><image>!", "?", "left"])
+    'a <image><image>! and ?'
+    """
+    before, *behind = text.split(IMAGE)
+    return before + "".join(images.pop(0) + piece for piece in behind)

@@ -7,7 +7,8 @@
 Source:  HTC-VLM Algorithm 1; VoCo-LLaMA section 3; transformers 5.23 for the families' get_image_features and processors.
 Differs: from our LLaVA: pictures have any number of visual tokens. All tiles of a picture are one image, without the marks
          that SmolVLM and Idefics3 write between tiles; anchors (htc) read the whole picture, which the tiles begin or end
-         with. With M-RoPE (Qwen2.5-VL) text and bottleneck have equal positions on all axes. Videos are refused.
+         with. With M-RoPE (Qwen-VL) text and bottleneck have equal positions on all axes. The deep features that Qwen3-VL adds
+         in its first layers go with their tokens; anchors have none. Videos are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from htc_vlm import compressors
 from htc_vlm.applied import hf_compat
-from htc_vlm.applied.families import OURS, Family, family_class, family_of
+from htc_vlm.applied.families import OURS, family_of
 from htc_vlm.compressors import Compressor, ImageFeatures, Sizes
 from htc_vlm.model import compressing, reading
 from htc_vlm.model.bottleneck_processing import OF_TEXT, check_no_video, extra_tokens, processor_class
@@ -43,7 +44,7 @@ from htc_vlm.tokens import TokenLayout
 # model type -> how transformers' class names begin
 STOCK = {
     "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "internvl": "InternVL", "smolvlm": "SmolVLM",
-    "idefics3": "Idefics3", "qwen2_5_vl": "Qwen2_5_VL",
+    "idefics3": "Idefics3", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
 }  # fmt: skip
 
 
@@ -90,7 +91,8 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         if unknown:
             raise TypeError(f"{unknown[0]} says nothing about images of {type(self).__name__}; it takes {self.IMAGE_INPUTS}")
         family, method = family_of(self), self._compressor
-        features = self.model.get_image_features(**given, return_dict=True).pooler_output
+        encoded = self.model.get_image_features(**given, return_dict=True)
+        features = encoded.pooler_output
         tokens = torch.cat([one.flatten(0, -2) for one in features])  # (all tokens, D)
         if image_lengths is not None:
             lengths = [int(n) for n in image_lengths]
@@ -112,10 +114,17 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
             )
         tokens = tokens.to(hf_compat.compute_dtype(self.get_input_embeddings(), self.dtype))
         pixels = family.whole_pictures(lengths, given) if getattr(method, "has_code", False) else None
-        return self._grouped(tokens.split(lengths), [family.size_of(i, given) for i in range(len(lengths))], pixels)
+        deep = [torch.cat(list(layer)).to(tokens.dtype) for layer in getattr(encoded, "deepstack_features", None) or []]
+        deeper = torch.stack(deep).split(lengths, dim=1) if deep else None
+        sizes = [family.size_of(i, given) for i in range(len(lengths))]
+        return self._grouped(tokens.split(lengths), sizes, pixels, deeper)
 
     def _grouped(
-        self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, ...]], pixels: Sequence[Tensor] | None
+        self,
+        patches: Sequence[Tensor],
+        sizes: Sequence[tuple[int, ...]],
+        pixels: Sequence[Tensor] | None,
+        deep: Sequence[Tensor] | None,
     ) -> list[Group]:
         members: dict[tuple[int, ...], list[int]] = {}
         for number, (tokens, size) in enumerate(zip(patches, sizes, strict=True)):
@@ -135,16 +144,12 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
             positions = family_of(self).positions_of(size)
             if positions is not None:
                 positions = with_anchors(positions, method).to(visual.device)
-            groups.append(Group(numbers, visual, positions))
+            deeper = None if deep is None else beside_anchors(torch.stack([deep[n] for n in numbers], dim=1), method)
+            groups.append(Group(numbers, visual, positions, deeper))
         return groups
 
     def _compress_for(self, prompt: Tensor, attention_mask: Tensor | None, pixels: dict[str, Any]) -> CompressedImages:
         return self.compress(**pixels, input_ids=prompt, attention_mask=attention_mask)
-
-    def _attention_over(self, groups: list[Group]) -> Tensor:
-        if not hasattr(self.get_decoder().layers[0].self_attn, "q_norm"):
-            return super()._attention_over(groups)
-        raise ValueError("what the bottleneck looked at is not known for decoders that normalise queries (Qwen3)")
 
     def _maps(self, groups: list[Group]) -> Tensor:
         raise ValueError(
@@ -212,13 +217,18 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         places = compressing.in_order(groups)
         if method.reads_apart:
             return self._read_apart(layout, groups, embeds, labels, logits_to_keep, kwargs)
-        visual = torch.cat([group.visual[row] for group, row in places]).to(embeds.device, embeds.dtype)
-        embeds = embeds.masked_scatter(layout.is_visual[..., None], visual)
+        visual = [group.visual[row].to(embeds.device, embeds.dtype) for group, row in places]
+        if groups[0].deep is None:
+            embeds = embeds.masked_scatter(layout.is_visual[..., None], torch.cat(visual))
+            given: dict[str, Any] = {"inputs_embeds": embeds}
+        else:  # only the family's own forward hands deep features on, with what it encoded itself
+            deep = [[group.deep[i, row] for group, row in places] for i in range(len(groups[0].deep))]
+            given = {"input_ids": input_ids, "mm_encoder_outputs": {"image": Encoded(visual, deep)}}
         costs = [group.cost if method.positions == "sequential" else 0 for group, _ in places]
         visible = compressing.mask_around(method, layout)
         ids = rope.with_images(layout, [group.place.to(embeds.device) for group, _ in places], costs)
         return super().forward(
-            inputs_embeds=embeds, attention_mask=hf_compat.ready_mask(decoder.config, embeds, attention_mask, visible),
+            **given, attention_mask=hf_compat.ready_mask(decoder.config, embeds, attention_mask, visible),
             position_ids=ids[0] if len(ids) == 1 else ids, labels=labels, logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
 
@@ -276,6 +286,22 @@ def with_anchors(positions: Tensor, method: Compressor) -> Tensor:
     return torch.cat((positions, anchors) if after else (anchors, positions), dim=1)
 
 
+def beside_anchors(deep: Tensor, method: Compressor) -> Tensor:
+    """(n, N, P, D) -> (n, N, C, D): nothing is added to anchors."""
+    n_extra = extra_tokens(method)
+    after = getattr(method.settings, "fusion", "pre") == "post"
+    return torch.nn.functional.pad(deep, (0, 0, 0, n_extra) if after else (0, 0, n_extra, 0))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images as a family's forward takes them in `mm_encoder_outputs`: of each image its tokens (C, D), and of each of the
+    first layers what it adds to them."""
+
+    pooler_output: list[Tensor]
+    deepstack_features: list[list[Tensor]]
+
+
 def check_method(options: Mapping[str, Any], model: str) -> Compressor:
     """The compressor. ValueError for one that cannot be put into other families than LLaVA."""
     method = compressors.build(**options)
@@ -312,11 +338,10 @@ def is_ours(model_type: str) -> bool:
 def classes_of(model_type: str) -> Classes:
     """The classes for a stock model type or one of ours, known to the Auto classes. ValueError for families without."""
     stock = model_type.removeprefix(OURS)
-    family: type[Family] = family_class(stock)
     if stock not in STOCK:
-        reason = family.no_bottleneck or "how its pictures stand in prompts is not known here"
         raise ValueError(
-            f"no bottleneck can be put into a model of type {stock!r}: {reason}; it can into llava, {', '.join(STOCK)}"
+            f"no bottleneck can be put into a model of type {stock!r}: how its pictures stand in prompts is not known here; it "
+            f"can into llava, {', '.join(STOCK)}"
         )
     model, config = getattr(transformers, STOCK[stock] + "ForConditionalGeneration"), _config_class(stock)
     classes = Classes(model, config, _model_class(model, config), _named(processor_class(STOCK[stock])))

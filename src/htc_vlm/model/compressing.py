@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
@@ -27,12 +28,14 @@ from htc_vlm.tokens import TokenLayout
 class Group:
     """Images of one size.
 
-    numbers: which images of the batch; visual (N, C, D); positions (axes, C) with the bottleneck at 0, None: counted up to -1.
+    numbers: which images of the batch; visual (N, C, D); positions (axes, C) with the bottleneck at 0, None: counted up to -1;
+    deep (n, N, C, D): what the decoder adds to the visual tokens behind each of its first n layers (Qwen3-VL).
     """
 
     numbers: Sequence[int]
     visual: Tensor
     positions: Tensor | None = None
+    deep: Tensor | None = None
 
     @property
     def place(self) -> Tensor:
@@ -55,7 +58,7 @@ def compress_groups(
     decoder: Any, compressor: Compressor, groups: Sequence[Group], bottleneck: Tensor | None, path: str, n_entries: int | None
 ) -> Tensor:
     """Images of any sizes -> their kv (N, layers, 2, kv heads, K, head_dim), in the order of the batch."""
-    parts = [compress(decoder, compressor, one.visual, bottleneck, path, n_entries, one.positions) for one in groups]
+    parts = [compress(decoder, compressor, one.visual, bottleneck, path, n_entries, one.positions, one.deep) for one in groups]
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([n for group in groups for n in group.numbers], device=parts[0].device).argsort()
@@ -70,19 +73,22 @@ def compress(
     path: str = "auto",
     n_entries: int | None = None,
     positions: Tensor | None = None,
+    deep: Tensor | None = None,
 ) -> Tensor:
     """(N, C, D) visual tokens and (K, D) bottleneck embeddings -> kv (N, layers, 2, kv heads, K, head_dim).
 
     bottleneck: None for compressors that `reads_apart`, which have rows of their own. path: "general" is the masked pass,
     "auto" takes the fast path of fast_prefill.py where it applies, "fast" refuses (ValueError) where it does not.
+    positions, deep: see Group.
     """
     n_bottleneck = compressor.n_bottleneck
     check_movable(compressor.name, decoder, visual.shape[1] + n_bottleneck)
     if bottleneck is None:
-        return reading.read(decoder, compressor, visual, n_bottleneck if n_entries is None else n_entries, path, positions)
+        n_entries = n_bottleneck if n_entries is None else n_entries
+        return reading.read(decoder, compressor, visual, n_entries, path, positions, deep)
     if fast_prefill.takes_fast_path(path, decoder, compressor, visual.shape[1] + n_bottleneck):
-        return fast_prefill.compress(decoder, visual, bottleneck, positions)
-    out, _ = run(decoder, compressor, visual, bottleneck, positions)
+        return fast_prefill.compress(decoder, visual, bottleneck, positions, deep)
+    out, _ = run(decoder, compressor, visual, bottleneck, positions, deep)
     return hf_compat.kv_from_cache(out.past_key_values, n_bottleneck)
 
 
@@ -92,6 +98,7 @@ def run(
     visual: Tensor,
     bottleneck: Tensor,
     positions: Tensor | None = None,
+    deep: Tensor | None = None,
     output_hidden_states: bool = False,
 ) -> tuple[Any, Tensor]:
     """The output of a pass over [visual; bottleneck] with cache, and its position ids."""
@@ -99,14 +106,17 @@ def run(
     n_bottleneck = bottleneck.shape[0]
     embeds = torch.cat((visual, bottleneck.expand(n_images, -1, -1)), dim=1)
     kinds = TokenLayout.from_string("v" * n_visual + "b" * n_bottleneck).kind.to(visual.device)
-    visible = mask_around(compressor, TokenLayout.from_kind(kinds.expand(n_images, -1)))
+    layout = TokenLayout.from_kind(kinds.expand(n_images, -1))
+    visible = mask_around(compressor, layout)
     position_ids = rope.for_rows(rope.around_image(n_visual, n_bottleneck, positions, visual.device), n_images)
-    out = decoder(
+    out = hf_compat.run_over_cache(
+        decoder,
+        DynamicCache(config=decoder.config),
         inputs_embeds=embeds,
         attention_mask=hf_compat.ready_mask(decoder.config, embeds, None, visible),
         position_ids=position_ids,
-        use_cache=True,
         output_hidden_states=output_hidden_states,
+        **hf_compat.deep_features(layout.is_visual, deep),
     )
     return out, position_ids
 
@@ -139,8 +149,10 @@ def mask_amid_text(
 def attention(decoder: Any, compressor: Compressor, group: Group, bottleneck: Tensor | None) -> Tensor:
     """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1."""
     if bottleneck is None:
-        return reading.attention(decoder, compressor, group.visual, group.positions)
-    out, position_ids = run(decoder, compressor, group.visual, bottleneck, group.positions, output_hidden_states=True)
+        return reading.attention(decoder, compressor, group.visual, group.positions, group.deep)
+    out, position_ids = run(
+        decoder, compressor, group.visual, bottleneck, group.positions, group.deep, output_hidden_states=True
+    )
     return hf_compat.attention_of_last_rows(
         decoder, out.hidden_states, out.past_key_values, position_ids, compressor.n_bottleneck
     )

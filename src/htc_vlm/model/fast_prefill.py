@@ -8,7 +8,8 @@ Only the bottleneck rows attend. The kv are the bottleneck's keys and values of 
     layer n - 1         visual rows: key and value only, for the bottleneck to look at
     layer n             bottleneck rows: key and value; nothing of the visual rows
 
-Source:  HTC-VLM Eq. 6 and Algorithm 1; transformers 5.23 for the decoder layers (Llama, Mistral, Qwen2, Qwen2.5-VL).
+Source:  HTC-VLM Eq. 6 and Algorithm 1; transformers 5.23 for the decoder layers (Llama, Mistral, Qwen2, Qwen3 and those of
+         Qwen2.5-VL and Qwen3-VL).
 Differs: the paper computes the masked pass densely. Sums are taken in another order, so results differ by rounding.
 """
 
@@ -24,6 +25,8 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from htc_vlm.compressors import Compressor
 from htc_vlm.compressors.voco import Bottleneck
@@ -31,12 +34,22 @@ from htc_vlm.ops import rope
 
 PATHS = ("auto", "fast", "general")
 MAX_ROWS = 32768  # rows of one chunk: at 7B in bf16 about 5 GB of intermediate values, and past where products get faster
-KNOWN_MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen2_5_vl.Qwen2_5_VLTextModel)
+KNOWN_MODELS = (
+    llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen2_5_vl.Qwen2_5_VLTextModel, qwen3.Qwen3Model,
+    qwen3_vl.Qwen3VLTextModel,
+)  # fmt: skip
 KNOWN_LAYERS = (
     llama.LlamaDecoderLayer, mistral.MistralDecoderLayer, qwen2.Qwen2DecoderLayer, qwen2_5_vl.Qwen2_5_VLDecoderLayer,
+    qwen3.Qwen3DecoderLayer, qwen3_vl.Qwen3VLTextDecoderLayer,
 )  # fmt: skip
-KNOWN_ATTENTION = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen2_5_vl.Qwen2_5_VLAttention)
-KNOWN_NORMS = (llama.LlamaRMSNorm, mistral.MistralRMSNorm, qwen2.Qwen2RMSNorm, qwen2_5_vl.Qwen2_5_VLRMSNorm)
+KNOWN_ATTENTION = (
+    llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen2_5_vl.Qwen2_5_VLAttention,
+    qwen3.Qwen3Attention, qwen3_vl.Qwen3VLTextAttention,
+)  # fmt: skip
+KNOWN_NORMS = (
+    llama.LlamaRMSNorm, mistral.MistralRMSNorm, qwen2.Qwen2RMSNorm, qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen3.Qwen3RMSNorm,
+    qwen3_vl.Qwen3VLTextRMSNorm,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ does it apply?
@@ -70,7 +83,7 @@ def why_not(language_model: Any, compressor: Compressor, n_rows: int) -> str | N
             return f"something is hooked to layer {i}, which the fast path does not call as a whole"
         if attention.training and attention.attention_dropout:
             return f"the model is in training mode with attention dropout {attention.attention_dropout}; call eval()"
-    window = None if isinstance(language_model, llama.LlamaModel) else language_model.config.sliding_window
+    window = getattr(language_model.config, "sliding_window", None)
     if window is not None and n_rows > window:
         return f"an image is {n_rows} tokens, attention is limited to a sliding window of {window}"
     return None
@@ -107,21 +120,33 @@ class Turn:
         return heads * self.cos + llama.rotate_half(heads) * self.sin
 
 
-def compress(language_model: Any, visual: Tensor, bottleneck: Tensor, positions: Tensor | None = None) -> Tensor:
+def compress(
+    language_model: Any, visual: Tensor, bottleneck: Tensor, positions: Tensor | None = None, deep: Tensor | None = None
+) -> Tensor:
     """(N, C, D) visual tokens and (K, D) bottleneck embeddings -> kv (N, layers, 2, kv heads, K, head_dim).
 
-    positions (axes, C): of the visual tokens, with the bottleneck at 0; None: counted up to -1.
+    positions (axes, C): of the visual tokens, with the bottleneck at 0; None: counted up to -1. deep (n, N, C, D): what the
+    first n layers add to the visual tokens.
     Call it only where `why_not` is None, without gradients. Images go in chunks of at most MAX_ROWS rows. Nothing here
     waits for the device.
     """
     n_bottleneck = bottleneck.shape[0]
     n_rows = visual.shape[1] + n_bottleneck
     turn = _turn(language_model, visual, n_bottleneck, positions)
-    chunks = visual.split(max(1, MAX_ROWS // n_rows))
-    return torch.cat([_compress_chunk(layers_of(language_model), chunk, bottleneck, turn) for chunk in chunks])
+    layers = layers_of(language_model)
+    return torch.cat([_compress_chunk(layers, *chunk, bottleneck, turn) for chunk in chunks(visual, deep, n_rows)])
 
 
-def visual_kv(language_model: Any, visual: Tensor, positions: Tensor | None = None) -> Tensor:
+def chunks(visual: Tensor, deep: Tensor | None, n_rows: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Images of n_rows rows each, in parts of at most MAX_ROWS rows."""
+    n_images = max(1, MAX_ROWS // n_rows)
+    parts = visual.split(n_images)
+    return list(zip(parts, [None] * len(parts) if deep is None else deep.split(n_images, dim=1), strict=True))
+
+
+def visual_kv(
+    language_model: Any, visual: Tensor, positions: Tensor | None = None, deep: Tensor | None = None
+) -> Tensor:
     """(N, C, D) visual tokens that attend only to themselves -> (N, layers, 2, kv heads, C, head_dim), without bottleneck.
 
     positions (axes, C), None: the last visual token stands at -1. Under the same conditions as `compress`.
@@ -129,13 +154,14 @@ def visual_kv(language_model: Any, visual: Tensor, positions: Tensor | None = No
     n_visual = visual.shape[1]
     turn = _turn(language_model, visual, 0, positions)
     states, kv, layers = visual, [], layers_of(language_model)
-    for layer in layers:
+    for i, layer in enumerate(layers):
         key, value = _keys_values(layer, states, turn)
         kv.append(_cell(key, value, n_visual))
         if layer is not layers[-1]:
             own = value[:, :, :, None].expand(-1, -1, -1, layer.self_attn.num_key_value_groups, -1)
             states = states + layer.self_attn.o_proj(own.flatten(2))
             states = states + layer.mlp(_normed(layer.post_attention_layernorm, states))
+            _add_deep(states, deep, i)
     return torch.stack(kv, dim=1)
 
 
@@ -145,13 +171,20 @@ def _turn(language_model: Any, visual: Tensor, n_bottleneck: int, positions: Ten
     return Turn(cos[:, :, None], sin[:, :, None])
 
 
-def _compress_chunk(layers: list[Any], visual: Tensor, bottleneck: Tensor, turn: Turn) -> Tensor:
+def _add_deep(states: Tensor, deep: Tensor | None, layer: int) -> None:
+    """Write what is added behind this layer to the visual rows, which come first."""
+    if deep is not None and layer < len(deep):
+        states[:, : deep.shape[2]] += deep[layer]
+
+
+def _compress_chunk(layers: list[Any], visual: Tensor, deep: Tensor | None, bottleneck: Tensor, turn: Turn) -> Tensor:
     n_bottleneck = bottleneck.shape[0]
     states = torch.cat((visual, bottleneck.expand(visual.shape[0], -1, -1)), dim=1)  # (N, L, D), ours to write to
     seen = _seen(n_bottleneck, states.shape[1], layers[0].self_attn.num_key_value_groups, states.device)
     kv = []
-    for layer in layers[:-2]:
+    for i, layer in enumerate(layers[:-2]):
         states, cell = _layer(layer, states, n_bottleneck, turn, seen)
+        _add_deep(states, deep, i)
         kv.append(cell)
     for layer in layers[-2:-1]:
         states, cell = _layer(layer, states, n_bottleneck, turn, seen, only_bottleneck=True)
@@ -177,7 +210,7 @@ def _layer(
     normed = _normed(layer.input_layernorm, states)
     key, value = _project(attention, normed, turn)
     cell = _cell(key, value, n_bottleneck)
-    query = _heads(attention.q_proj(normed[:, -n_bottleneck:]), attention.head_dim)
+    query = _heads(attention.q_proj(normed[:, -n_bottleneck:]), attention, "q_norm")
     mixed = _attend(turn.last(n_bottleneck)(query), key, value, attention, seen)  # (N, K, H * head_dim)
     if only_bottleneck:
         states = states[:, -n_bottleneck:]
@@ -197,12 +230,14 @@ def _keys_values(layer: Any, states: Tensor, turn: Turn) -> tuple[Tensor, Tensor
 
 def _project(attention: Any, normed: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """(N, L, D) -> rotated keys and values, (N, L, kv heads, head_dim) each."""
-    key = turn(_heads(attention.k_proj(normed), attention.head_dim))
-    return key, _heads(attention.v_proj(normed), attention.head_dim)
+    key = turn(_heads(attention.k_proj(normed), attention, "k_norm"))
+    return key, _heads(attention.v_proj(normed), attention)
 
 
-def _heads(rows: Tensor, head_dim: int) -> Tensor:
-    return rows.unflatten(-1, (-1, head_dim))
+def _heads(rows: Tensor, attention: Any, norm: str = "") -> Tensor:
+    """(N, L, H * head_dim) -> (N, L, H, head_dim), normalised where the attention has such a norm (Qwen3)."""
+    heads = rows.unflatten(-1, (-1, attention.head_dim))
+    return _normed(getattr(attention, norm), heads) if norm and hasattr(attention, norm) else heads
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from htc_vlm.applied import hf_compat
@@ -34,18 +35,18 @@ def read(
     n_entries: int,
     path: str = "auto",
     positions: Tensor | None = None,
+    deep: Tensor | None = None,
 ) -> Tensor:
     """(N, C, D) visual tokens -> entries (N, layers, 2, kv heads, n_entries, head_dim), the first at position 0.
 
-    positions (axes, C): of the visual tokens; None: counted up to -1.
+    positions (axes, C): of the visual tokens; None: counted up to -1. deep (n, N, C, D): what the first layers add to them.
     """
     fast = fast_prefill.takes_fast_path(path, language_model, compressor, visual.shape[1] + n_entries)
     fast = fast and not torch.is_grad_enabled()
-    chunks = visual.split(max(1, fast_prefill.MAX_ROWS // visual.shape[1])) if fast else (visual,)
     n_rows = n_entries * compressor.n_readers
     parts = []
-    for chunk in chunks:
-        out, _ = look(language_model, compressor, chunk, n_entries, fast, positions)
+    for chunk, deeper in fast_prefill.chunks(visual, deep, visual.shape[1]) if fast else [(visual, deep)]:
+        out, _ = look(language_model, compressor, chunk, n_entries, fast, positions, deeper)
         parts.append(join(hf_compat.kv_from_cache(out.past_key_values, n_rows), compressor.n_readers))
     return torch.cat(parts)
 
@@ -57,6 +58,7 @@ def look(
     n_entries: int,
     fast: bool = False,
     positions: Tensor | None = None,
+    deep: Tensor | None = None,
     **options: Any,
 ) -> tuple[Any, Tensor]:
     """All looks -> the output of the last one, with cache [visual; rows], and the rows' position ids (N, rows).
@@ -64,7 +66,7 @@ def look(
     This is where an adapter (model/adapter.py) is at work; the text runs without it.
     """
     with adapter.at_work(language_model):
-        return _look(language_model, compressor, visual, n_entries, fast, positions, options)
+        return _look(language_model, compressor, visual, n_entries, fast, positions, deep, options)
 
 
 def _look(
@@ -74,36 +76,36 @@ def _look(
     n_entries: int,
     fast: bool,
     positions: Tensor | None,
+    deep: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Any, Tensor]:
-    if language_model.training and getattr(language_model, "gradient_checkpointing", False):
-        raise ValueError(
-            f"{compressor.name} reads over a cache, which gradient checkpointing drops; call gradient_checkpointing_disable()"
-        )
     n_images, n_visual, _ = visual.shape
     if fast:
-        kv = fast_prefill.visual_kv(language_model, visual, positions)
+        kv = fast_prefill.visual_kv(language_model, visual, positions, deep)
     else:
-        kv = _visual_kv(language_model, compressor, visual, positions)
+        kv = _visual_kv(language_model, compressor, visual, positions, deep)
     rows_of = torch.arange(n_entries * compressor.n_readers, device=visual.device) // compressor.n_readers
     position_ids = rows_of.expand(n_images, -1)
     seen = torch.ones((n_images, n_visual + len(rows_of)), dtype=torch.long, device=visual.device)
     states, out = None, None
     for _ in range(compressor.n_looks):
         rows = compressor.reader_rows(n_entries, states).to(visual.dtype).expand(n_images, -1, -1)
-        out = language_model(
+        out = hf_compat.run_over_cache(
+            language_model,
+            hf_compat.cache_from_kv(kv[:, :, 0], kv[:, :, 1], n_images, language_model.config),
+            lambda: adapter.at_work(language_model),
             inputs_embeds=rows,
             attention_mask=seen,
             position_ids=position_ids,
-            past_key_values=hf_compat.cache_from_kv(kv[:, :, 0], kv[:, :, 1], n_images, language_model.config),
-            use_cache=True,
             **options,
         )
         states = out.last_hidden_state
     return out, position_ids
 
 
-def _visual_kv(language_model: Any, compressor: Compressor, visual: Tensor, positions: Tensor | None) -> Tensor:
+def _visual_kv(
+    language_model: Any, compressor: Compressor, visual: Tensor, positions: Tensor | None, deep: Tensor | None
+) -> Tensor:
     """(N, C, D) -> (N, layers, 2, kv heads, C, head_dim), the last visual token at position -1 where none are given."""
     n_images, n_visual, _ = visual.shape
     layout = TokenLayout.from_string("v" * n_visual)
@@ -111,19 +113,28 @@ def _visual_kv(language_model: Any, compressor: Compressor, visual: Tensor, posi
     visible = compressor.visible(layout)
     if visible is None:
         visible = masks.packed_causal(layout)
-    out = language_model(
+    out = hf_compat.run_over_cache(
+        language_model,
+        DynamicCache(config=language_model.config),
+        lambda: adapter.at_work(language_model),
         inputs_embeds=visual,
         attention_mask=hf_compat.ready_mask(language_model.config, visual, None, visible),
         position_ids=rope.for_rows(rope.around_image(n_visual, 0, positions, visual.device), n_images),
-        use_cache=True,
+        **hf_compat.deep_features(layout.is_visual, deep),
     )
     return hf_compat.kv_from_cache(out.past_key_values, n_visual)
 
 
-def attention(language_model: Any, compressor: Compressor, visual: Tensor, positions: Tensor | None = None) -> Tensor:
+def attention(
+    language_model: Any,
+    compressor: Compressor,
+    visual: Tensor,
+    positions: Tensor | None = None,
+    deep: Tensor | None = None,
+) -> Tensor:
     """What each entry's rows looked at in the last look, mean over rows: (N, layers, H, K, C + K), rows sum to 1."""
     n_entries, n_readers = compressor.n_bottleneck, compressor.n_readers
-    options: dict[str, Any] = {"positions": positions, "output_hidden_states": True}
+    options: dict[str, Any] = {"positions": positions, "deep": deep, "output_hidden_states": True}
     out, position_ids = look(language_model, compressor, visual, n_entries, **options)
     seen = hf_compat.attention_of_last_rows(
         language_model, out.hidden_states, out.past_key_values, position_ids, n_entries * n_readers
@@ -171,12 +182,14 @@ def run_text(
     keys, values = (_join_slots(part, slots.order.shape[1]) for part in (keys, mine[:, :, 1]))
     cache = hf_compat.cache_from_kv(keys, values, len(embeds), config)
     inside = embeds.gather(1, text.order[..., None].expand(-1, -1, embeds.shape[-1]))
-    out = language_model(
+    options.pop("use_cache", None)
+    out = hf_compat.run_over_cache(
+        language_model,
+        cache,
         inputs_embeds=inside,
         attention_mask=hf_compat.ready_mask(config, inside, None, _visible(text, slots, layout, n_entries), cache),
         position_ids=text.take(position_ids),
-        past_key_values=cache,
-        **{**options, "use_cache": False},
+        **options,
     )
     out.past_key_values = None
     out.last_hidden_state = text.back(out.last_hidden_state, embeds.shape[1])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from htc_vlm.applied.apply import apply
-from htc_vlm.applied.families import family_class
 from htc_vlm.compressors import COMPRESSORS, AppliedOnly, Compressor
+from htc_vlm.model.bottlenecks import STOCK
 from htc_vlm.testing import tiny_llava
 from htc_vlm.testing.families import (
     FAMILIES,
@@ -93,10 +93,11 @@ assert kept.n_visual == (4, 4, 6)
 One masked pass trains it, and equals compressing and then reading text over the entries (`tests/model/test_bottlenecks.py`).
 Pictures of one size are compressed together, others one after the other, so nothing is padded. All tiles of a picture are
 one image; marks that SmolVLM and Idefics3 write between tiles are left out, so the language model does not read them. `htc`
-makes its anchors from the whole picture: the overview tile, or in Qwen2.5-VL the picture itself. With M-RoPE the bottleneck has
-equal positions on all axes, and one rotation moves it. The fast prefill runs on Llama, Mistral, Qwen2 and Qwen2.5-VL decoders
+makes its anchors from the whole picture: the overview tile, or in Qwen-VL the picture itself. With M-RoPE the bottleneck has
+equal positions on all axes, and one rotation moves it. What Qwen3-VL adds to its visual tokens behind its first layers is added
+in the compress pass too; anchors get none of it. The fast prefill runs on Llama, Mistral, Qwen2, Qwen3 and Qwen-VL decoders
 where `visual_attention` is `self`; decoders whose keys no rotation moves are refused at load, by name. Refused, too: videos,
-maps of where the bottleneck looked, `channels: discrete` and Qwen3-VL.
+maps of where the bottleneck looked and `channels: discrete`.
 """
 
 
@@ -132,9 +133,8 @@ def tried(model: Any, inputs: Inputs, name: str, settings: dict[str, Any]) -> st
 
 def tried_bottleneck(family: str, name: str, settings: dict[str, Any]) -> str | None:
     """Why no bottleneck can be put into the family; None where one compresses a picture into as many entries as it promises."""
-    reason = family_class(family).no_bottleneck
-    if reason is not None:
-        return f"cannot be put into such a model: {reason}"
+    if family not in ("llava", *STOCK):
+        return "cannot be put into such a model: how its pictures stand in prompts is not known here"
     options = {"name": name, **settings}
     model = tiny_llava.build(options) if family == "llava" else tiny_bottleneck(family, options)
     pixels: dict[str, Any] = {"pixel_values": tiny_llava.pixels(1)}

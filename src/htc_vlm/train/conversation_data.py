@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from htc_vlm.data.collate import Sample
 from htc_vlm.data.conversations import Record, encode, load_conversations
 from htc_vlm.data.images import ImageError, load_for_model
-from htc_vlm.data.prompts import IMAGE, VICUNA_V1, find_style
+from htc_vlm.data.prompts import VICUNA_V1, find_style
 from htc_vlm.files import write_json
 from htc_vlm.train import presets
 from htc_vlm.train.held_out import hold_out
@@ -62,13 +62,8 @@ class ConversationData(Dataset):
     def __getitem__(self, number: int) -> Sample:
         record = self.records[number]
         pictures = [load_for_model(path) for path in record.images]
-        texts, inputs = self.processor.for_training(pictures) if pictures else ([IMAGE], {})
-        if len(set(texts)) > 1:
-            raise ValueError(
-                f"sample {record.id!r} has pictures of different sizes, which have different numbers of tokens; give one "
-                "picture a sample, or resize them to one size"
-            )
-        return Sample(encode(record, self.processor.tokenizer, texts[0], self.style), inputs)
+        texts, inputs = self.processor.for_training(pictures) if pictures else ([], {})
+        return Sample(encode(record, self.processor.tokenizer, texts, self.style), inputs)
 
 
 def _refuse_placeholders(records: list[Record], processor: Any) -> None:
