@@ -16,7 +16,7 @@ from study.tables import to_markdown
 SHIPPED = {  # model -> (title, cache entries an image)
     "tiny-upper": ("`tiny-upper`, uncompressed", 36),
     "tiny": ("`tiny`: eight readers, two looks", 1),
-    "tiny-htc": ("`tiny-htc`: HTC, patches causal", 1),
+    "tiny-htc": ("`tiny-htc`: HTC as printed (Eq. 6)", 1),
     "tiny-lower": ("an untrained bottleneck", 1),
 }
 BYTES = 6144  # of one entry: 6 layers, 8 key-value heads of 16, keys and values in float32

@@ -17,7 +17,7 @@ RESULTS = ROOT / "study" / "results" / "tiny"
 MODELS = {
     "tiny-upper": "uncompressed, 36 tokens",
     "tiny": "`tiny`: our best, one entry",
-    "tiny-htc": "`tiny-htc`: the paper's HTC but for causal patches, one entry",
+    "tiny-htc": "`tiny-htc`: the paper's HTC, one entry",
     "tiny-lower": "an untrained bottleneck",
 }
 SETS = {
