@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 
 RUNS ?= 10
 
-.PHONY: help demo test repeat study slow page wheel docs check table clean
+.PHONY: help demo demo-photo test repeat study slow page wheel docs check table clean
 
 help:
 	@sed -n '1,6s/^# //p' Makefile
@@ -34,6 +34,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
+
+# No weights are shipped for it: make demo-photo MODEL=runs/photo/model PHOTO=cat.jpg (docs/photo.md).
+MODEL ?= photo
+PHOTO ?= examples/pictures/chelsea.jpg
+demo-photo: $(READY)
+	$(BIN)/htc-vlm ask $(PHOTO) "What is this?" "What kind of thing is this?" "Is there a cat?" --model $(MODEL)
 
 test: $(READY)
 	$(PYTEST) tests src --ignore tests/benchmarks

@@ -129,7 +129,10 @@ VICUNA_V1 = PromptStyle(
 )
 """LLaVA-1.5's own: `[BOS]A chat ... questions. USER: <image>\\nWhat is it? ASSISTANT: A cat.[EOS]USER: ...`"""
 
-STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1}
+LINES = PromptStyle(user_suffix="\n")
+"""A pretrained language model that is asked many questions at once: `<image>What is this?`, a line's end, and the answer."""
+
+STYLES = {"tiny": TINY, "vicuna_v1": VICUNA_V1, "lines": LINES}
 
 
 def find_style(name: str) -> PromptStyle:

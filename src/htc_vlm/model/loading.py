@@ -24,6 +24,7 @@ from htc_vlm.model.movable import check_decoder
 from htc_vlm.model.processing import HtcVlmProcessor
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
+NOT_SHIPPED = ("photo", "photo-upper")
 
 
 def shipped() -> list[str]:
@@ -135,6 +136,11 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if str(name_or_path) in shipped():
         return SHIPPED / str(name_or_path)
+    if str(name_or_path) in NOT_SHIPPED:
+        raise FileNotFoundError(
+            f"{name_or_path}: no weights of the preset `photo` are shipped yet. Train it (`htc-vlm train --preset photo`, "
+            f"docs/photo.md) and give the folder OUTPUT/model; shipped: {', '.join(shipped())}"
+        )
     if path.is_dir():
         raise FileNotFoundError(f"{name_or_path}: holds no checkpoint (no config.json); training leaves one in OUTPUT/model")
     raise FileNotFoundError(

@@ -2,8 +2,9 @@
 
 Source:  ours. LLaVA's tower is CLIP, whose patches already match words; an ImageNet tower's do not, and a language model
          that starts from nothing spends thousands of steps on that alone (LOG.md, "Looking things up by name").
-Differs: not in the paper. Only for models built from scratch: projector and word embedding learn, with no language model
-         in between, which words belong to a patch; then the `instruct` stage begins.
+Differs: not in the paper. Only before the first stage: projector and word embedding learn, with no language model in
+         between, which words belong to a patch; then `instruct` begins. A pretrained embedding stays as it is: patches learn
+         to point where the mean of a name's tokens points, among all names.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 from htc_vlm.tiny.features import FeatureCache
 
 NO_WORD = -100
+SHARPNESS = 15.0  # a pretrained word's logit for a patch that points exactly there
 
 
 @dataclass(frozen=True)
 class WordSettings:
     """A preset's `words` block: which task's pictures, and for how long.
 
-    patch_rms: root mean square of the projected patches afterwards (the decoder's first layer adds to them).
+    patch_rms: root mean square of the projected patches afterwards (the decoder's first layer adds to them); beside pretrained
+    words, of their distance from the words' mean.
     """
 
     task: str
@@ -72,33 +75,47 @@ def align_words(
     vocabulary: dict[str, int],
     settings: WordSettings,
     seed: int,
+    table: Tensor | None = None,
 ) -> float:
     """Train projector and word embedding of `model` in place; the last step's loss (nats per word).
 
-    words_of(i): the words of each patch of image i of the cache, in raster order.
+    words_of(i): the words of each patch of image i of the cache, in raster order. table (V, D): what patches are compared
+    with in place of the word embedding, which then stays as it is (`name_table`).
     """
-    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
+    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings().weight
     words = word_ids([words_of(i) for i in range(len(cache))], vocabulary)
-    parameters: list[nn.Parameter] = [*projector.parameters(), *embedding.parameters()]
+    parameters: list[nn.Parameter] = [*projector.parameters(), *([embedding] if table is None else [])]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )
-    device = embedding.weight.device
+    device = embedding.device
+    rows = embedding if table is None else table.to(device)
     rng = np.random.default_rng((seed, settings.steps))
     loss = torch.zeros(())
     for _ in range(settings.steps):
         chosen = np.sort(rng.integers(0, len(cache), settings.images_per_step))
         features = cache.get(chosen.tolist()).to(device, torch.float32)
-        loss = word_loss(projector(features).flatten(0, 1), embedding.weight, words[chosen].flatten(0, 1).to(device))
+        loss = word_loss(projector(features).flatten(0, 1), rows, words[chosen].flatten(0, 1).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     _scale_to(projector, features, settings.patch_rms)
+    if table is not None:  # pretrained words lie around a mean that is as long as they are: so do patches, then
+        with torch.no_grad():
+            projector.linear_2.bias.add_(embedding.mean(dim=0))
     if not torch.isfinite(loss):
         raise ValueError(f"words: the loss is {loss.item()}; lower words.learning_rate")
     return loss.item()
+
+
+@torch.no_grad()
+def name_table(names: Sequence[str], tokenizer: Any, embedding: Tensor) -> Tensor:
+    """Names of one or more tokens -> (names, D), for `word_loss`: each's mean token less the mean of all, in one length."""
+    ids = [tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
+    means = torch.stack([embedding[torch.tensor(row)].float().mean(dim=0) for row in ids])
+    return F.normalize(means - means.mean(dim=0), dim=-1) * SHARPNESS / means.shape[1] ** 0.5
 
 
 @torch.no_grad()

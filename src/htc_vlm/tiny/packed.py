@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 from htc_vlm.data.collate import Sample
 from htc_vlm.data.conversations import Turn, encode_questions
+from htc_vlm.data.prompt_ids import PromptIds
+from htc_vlm.data.prompts import TINY, PromptStyle
 from htc_vlm.tiny.features import FeatureCache
 
 N_SPARE = 4  # questions drawn beyond those that surely fit
@@ -52,12 +54,13 @@ class PackedQuestions(Dataset):
     """Sample k: an image of some source and as many questions as fit in `n_text` tokens, both drawn from (seed, k)."""
 
     def __init__(
-        self, sources: Sequence[Source], n_samples: int, n_text: int, tokenizer: Any, image_text: str, seed: int
-    ) -> None:
+        self, sources: Sequence[Source], n_samples: int, n_text: int, tokenizer: Any, image_text: str, seed: int,
+        style: PromptStyle = TINY,
+    ) -> None:  # fmt: skip
         if not sources or any(len(source.cache) == 0 for source in sources):
             raise ValueError("empty data set: give at least one source with at least one image")
         self.sources, self.n_samples, self.n_text = list(sources), n_samples, n_text
-        self.tokenizer, self.image_text, self.seed = Remembering(tokenizer), image_text, seed
+        self.tokenizer, self.image_text, self.seed, self.style = Remembering(tokenizer), image_text, seed, style
         shares = np.array([source.share for source in sources], dtype=float)
         self._bounds = np.cumsum(shares / shares.sum())
 
@@ -75,7 +78,7 @@ class PackedQuestions(Dataset):
             turns = self._fitting(asked)
             if len(turns) < len(asked):
                 break
-        encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text)
+        encoded = encode_questions(f"{source.name}/{image}#{number}", turns, self.tokenizer, self.image_text, self.style)
         images = {"patch_features": source.cache.get([image]).float()}
         if source.codes is not None:
             images["image_codes"] = torch.from_numpy(source.codes[image : image + 1].astype(np.float32))
@@ -94,7 +97,8 @@ class PackedQuestions(Dataset):
         return chosen
 
     def _length(self, turn: Turn) -> int:
-        return len(self.tokenizer.encode(f"{turn.question} {turn.answer}", add_special_tokens=False)) + 1
+        prompt = self.tokenizer.encode(self.style.prompt(turn.question), add_special_tokens=False)
+        return len(prompt) + len(PromptIds(self.tokenizer, self.style).answer(turn.answer))
 
 
 class Remembering:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from htc_vlm.tiny.align_patches import align_words
+from htc_vlm.tiny.align_patches import align_words, name_table
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import Source, codes_of
 from htc_vlm.train import presets
@@ -92,9 +92,13 @@ def align_patches(preset: dict[str, Any], model: Any, processor: Any, sources: l
         able = [part["task"] for part in preset["data"] if hasattr(presets.task_module(part["task"]), "patch_words")]
         raise ValueError(f"words.task is {settings.task!r}; tasks in this preset that know a patch's words: {', '.join(able)}")
     ids, n_side = module.images("train"), round(source.cache.meta.n_patches**0.5)
-    loss = align_words(
-        model, source.cache, lambda i: module.patch_words(ids[i], n_side), processor.tokenizer.get_vocab(), settings, seed
-    )
+    words = [module.patch_words(image_id, n_side) for image_id in ids[: len(source.cache)]]
+    vocabulary, table = processor.tokenizer.get_vocab(), None
+    if "language_model" in preset:  # pretrained: its words stay as they are, and a name may be several tokens
+        names = sorted({name for row in words for patch in row for name in patch})
+        vocabulary = {name: i for i, name in enumerate(names)}
+        table = name_table(names, processor.tokenizer, model.get_input_embeddings().weight)
+    loss = align_words(model, source.cache, words.__getitem__, vocabulary, settings, seed, table)
     print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
 
 

