@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -34,9 +36,28 @@ def test_other_packages_are_listed_without_being_imported(methods: Registry[Any]
 
 
 def test_an_entry_point_is_loaded_when_it_is_asked_for(methods: Registry[Any]) -> None:
-    """And an own name is never taken over."""
-    assert methods.get("right").__name__ == "OrderedDict" and methods.own_names() == ["own", "right"]
-    assert methods.get("own") is dict
+    """And an own name is never taken over: who offers another under it is told, once."""
+    with pytest.warns(UserWarning, match=r"method 'own' is builtins.dict, and that of .*Counter.* is not used"):
+        assert methods.get("right").__name__ == "OrderedDict" and methods.own_names() == ["own", "right"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert methods.get("own") is dict and methods.get("right")
+
+
+def test_a_class_that_registered_itself_shadows_nobody(methods: Registry[Any]) -> None:
+    """An entry point's module may have been imported before."""
+    methods.unregister("own")
+    methods.register("own")(Counter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert methods.get("own") is Counter
+
+
+def test_what_is_no_method_is_refused(methods: Registry[Any]) -> None:
+    """A class of another kind failed later, by what it lacks."""
+    methods.base = list
+    with pytest.raises(ValueError, match=r"'right' of .*OrderedDict.* is no list; inherit builtins.list"):
+        methods.get("right")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +75,7 @@ def test_what_is_wrong_with_another_package_is_named(methods: Registry[Any], nam
     """And does not break the others."""
     with pytest.raises(ValueError, match=message):
         methods.get(name)
+    methods.unregister("own")
     assert methods.get("right")
 
 

@@ -173,6 +173,33 @@ def pixel_limit(options: Any) -> dict[str, int]:
     return {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
 
 
+def read_text(path: Path) -> str:
+    """The text of somebody's file, without a byte-order mark. ValueError names the file where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def check_text(text: str, where: str) -> None:
+    """ValueError for half a letter (a lone surrogate, as JSON or a file name may hold), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text!a:.60} is no Unicode text; write it in UTF-8") from error
+
+
+def read_object(path: Path, what_to_do: str = "copy it again") -> dict[str, Any]:
+    """The JSON object in a file. ValueError names the file where there is none."""
+    try:
+        found = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged, or no JSON ({error}); {what_to_do}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object but a {type(found).__name__}; {what_to_do}")
+    return found
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, in UTF-8."""
     with replacing(path) as partial:

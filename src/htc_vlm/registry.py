@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -14,7 +15,7 @@ class Registry(Generic[T]):
     """A small, explicit table of classes; a name is registered once.
 
     group: entry points of this group, in any installed package, add names; each is loaded when it is first asked for, so
-    that a package that cannot be imported breaks nothing but itself.
+    that a package that cannot be imported breaks nothing but itself. base: what they must be subclasses of.
 
     >>> methods: Registry[object] = Registry("method")
     >>> @methods.register("mean")
@@ -26,10 +27,12 @@ class Registry(Generic[T]):
     ValueError: unknown method 'median'; known: mean
     """
 
-    def __init__(self, kind: str, group: str | None = None) -> None:
+    def __init__(self, kind: str, group: str | None = None, base: type | None = None) -> None:
         self.kind = kind
         self.group = group
+        self.base = base
         self._classes: dict[str, type] = {}
+        self._is_looked_at = False
 
     def register(self, name: str) -> Callable[[C], C]:
         """Class decorator; raises ValueError when `name` is taken by another class."""
@@ -53,6 +56,7 @@ class Registry(Generic[T]):
             if not found:
                 raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
             self._load(name, found)
+        self._tell_shadowed()
         return cast("type[T]", self._classes[name])
 
     def names(self) -> list[str]:
@@ -65,6 +69,17 @@ class Registry(Generic[T]):
 
     def _entry_points(self) -> tuple[EntryPoint, ...]:
         return tuple(entry_points(group=self.group)) if self.group else ()
+
+    def _tell_shadowed(self) -> None:
+        """Warn, once, of names of other packages that are taken here: theirs would be thought to run, and ours does."""
+        if self._is_looked_at:
+            return
+        self._is_looked_at = True
+        for point in self._entry_points():
+            ours = self._classes.get(point.name)
+            if ours is not None and not _is(point, ours):
+                told = f"{self.kind} {point.name!r} is {ours.__module__}.{ours.__qualname__}"
+                warnings.warn(f"{told}, and that of {_origin(point)} is not used; give it another name", stacklevel=3)
 
     def _load(self, name: str, found: list[EntryPoint]) -> None:
         """Register what an entry point names. ValueError says which package is at fault."""
@@ -81,10 +96,23 @@ class Registry(Generic[T]):
             raise ValueError(
                 f"{self.kind} {name!r} of {_origin(found[0])} is {cls!r}; an entry point names a class whose `name` is {name!r}"
             )
+        if self.base is not None and not issubclass(cls, self.base):
+            raise ValueError(
+                f"{self.kind} {name!r} of {_origin(found[0])} is no {self.base.__name__}; inherit {self.base.__module__}."
+                f"{self.base.__name__}"
+            )
         self._classes.setdefault(name, cls)  # it may have registered itself
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+
+def _is(point: EntryPoint, cls: type) -> bool:
+    """Does an entry point name this class? A package may have registered it before, when it was imported."""
+    try:
+        return point.load() is cls
+    except Exception:  # whatever a stranger's module does when it is imported
+        return False
 
 
 def _origin(point: EntryPoint) -> str:

@@ -133,6 +133,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         inner = get_args(kind)[0]
         return tuple(typed(f"{name}[{i}]", item, inner) for i, item in enumerate(value))
     plain = {tuple: list, Mapping: dict}.get(origin or kind, origin or kind)
+    if not isinstance(plain, type):
+        return value  # Literal, a type variable, ...: whoever uses it checks it
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is int):
         raise ValueError(f"{name} is {value!r}; give {WORDS.get(plain, plain.__name__)}")
     return value

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import sqlite3
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from htc_vlm import ImageStore
 from htc_vlm.batch import local, questions, steps
 from htc_vlm.batch.journal import Journal
-from htc_vlm.batch.questions import Questions
+from htc_vlm.batch.questions import Questions, read
 from htc_vlm.batch.run import run
 from htc_vlm.batch.sources import refs_of
 from htc_vlm.batch.steps import Columns, Settings
@@ -186,6 +187,50 @@ def test_one_run_at_a_time_writes_to_an_output(tmp_path: Path) -> None:
         Journal(tmp_path / "o", {})
     with Journal(tmp_path / "o", {}):
         pass
+
+
+def test_a_damaged_row_is_asked_again(tmp_path: Path) -> None:
+    """SQLite gives flipped bytes without a word: another answer stood in the output. Rows of before checksums hold."""
+    source, given, output = folder_of(tmp_path / "in"), settings(tmp_path), tmp_path / "out"
+    run(str(source), ASKED, output, given, local.engine)
+    expected = rows_of(output)
+    changes = {
+        0: "answer = 'not so'", 1: "path = 'q', number = 7", 2: "id = CAST(x'ff' AS TEXT)", 3: "error = 'x'", 4: "place = 9"
+    }  # fmt: skip
+    with sqlite3.connect(output / "answers.sqlite") as db:
+        for place, change in changes.items():
+            db.execute(f"UPDATE answers SET {change} WHERE place = {place} AND number = 1")
+    db.close()
+    assert run(str(source), ASKED, output, given, local.engine).done_now == len(changes)
+    assert rows_of(output) == expected
+    with sqlite3.connect(output / "answers.sqlite") as db:
+        db.execute("ALTER TABLE answers DROP COLUMN checksum")
+    db.close()
+    assert run(str(source), ASKED, output, given, local.engine).done_now == 0 and rows_of(output) == expected
+
+
+def test_a_journal_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    """SQLite's own errors ended in a traceback."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "answers.sqlite").write_bytes(b"no database " * 1000)
+    with pytest.raises(ValueError, match=r"answers.sqlite: is damaged, or of no batch run .*move it away"):
+        Journal(tmp_path / "o", {})
+    row = {"path": ["a"], "id": ["x" * 100_000], "number": [0], "question": ["q"], "answer": ["a"], "error": [""]}
+    with Journal(tmp_path / "full", {}) as journal:
+        journal._db.execute("PRAGMA max_page_count = 8")
+        with pytest.raises(OSError, match="the disk is full; rows written before are kept"):
+            journal.add(row, {"a": 0})
+        assert journal.counts()["rows"] == 0
+
+
+def test_questions_that_are_no_text_are_named(tmp_path: Path) -> None:
+    """With the file and the row: a Latin-1 file, half a letter in JSON, a table that is none."""
+    (tmp_path / "latin.txt").write_bytes("o\xf9 est le chat ?".encode("latin-1"))
+    (tmp_path / "half.jsonl").write_text('{"question": "what ?"}\n{"question": "\\ud800 ?"}\n')
+    (tmp_path / "long.csv").write_text("question\n" + "x" * 200_000)
+    for name, message in {"latin.txt": "is not UTF-8", "half.jsonl": "row 2: .* no Unicode", "long.csv": "no table"}.items():
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            read(tmp_path / name)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from htc_vlm.cli import ask
+from htc_vlm.cli._toys import tell_toy
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm_cli import main
 
@@ -61,6 +62,7 @@ def test_what_is_missing_is_said(picture: str, tmp_path: Path, capsys: Capture) 
         ("--from", "x.st", "what ?", "--verbose"): "needs the picture itself",
         (picture, "what ?", "--model", "no-such-model"): "no shipped checkpoint of that name; shipped: ",
         (picture, "what ?", "--model", str(tmp_path)): "holds no checkpoint",
+        (picture, "caf\udce9 ?"): "a question: 'caf\\udce9 ?' is no Unicode text",
     }
     for words, message in cases.items():
         code, out, lines = asked(capsys, *words)
@@ -172,6 +174,22 @@ def test_unknown_words_are_named(picture: str, capsys: Capture) -> None:
     code, _, lines = asked(capsys, picture, "is there a zeppelin or a mammal ?", *MODEL)
     assert code == 0 and len(lines) == 1
     assert lines[0].endswith("has never seen the words: zeppelin, or") or lines[0].endswith("words: zeppelin")
+
+
+def test_a_shipped_toy_says_what_it_knows(
+    picture: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tiny` answered about a photo, confidently and wrongly, and only the README said that it knows drawn scenes."""
+    note = "htc-vlm ask: tiny knows drawn scenes only"
+    code, out, lines = asked(capsys, picture, "what is at the top left ?", "--json")
+    assert code == 0 and len(answers(out)) == 1 and [line for line in lines if line.startswith(note)] == lines
+    for model in (MODEL[1], "runs/tiny"):
+        tell_toy("ask", model)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    tell_toy("ask", "tiny")  # somebody's own folder
+    assert capsys.readouterr().err == ""
 
 
 def test_verbose_counts_tokens_and_bytes(picture: str, capsys: Capture) -> None:

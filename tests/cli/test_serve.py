@@ -40,6 +40,23 @@ def test_limits_must_be_possible(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "max_batch is 0" in capsys.readouterr().err
 
 
+def test_where_nobody_can_listen_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Port 70000 was a traceback after loading; one that is taken, exit code 1 after "... is the page"."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = str(taken.getsockname()[1])
+        for words, message in {
+            ("--port", number): f"127.0.0.1:{number}: nobody can listen there",
+            ("--port", "70000"): "--port is 70000; give a number of 1 to 65535",
+            ("--grace", "-1"): "--grace is -1",
+        }.items():
+            assert cli.main(["serve", "--store", str(tmp_path / "album"), *words]) == 2
+            captured = capsys.readouterr()
+            assert message in captured.err and "is the page" not in captured.err, captured.err
+    assert not (tmp_path / "album").exists()
+
+
 def test_the_commands_of_the_compose_file_in_the_docs_are_ours() -> None:
     """It was written without a run: a renamed option or folder would be found by whoever copies it."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_pictures_of_any_family_are_kept_and_asked(folder: Path, capsys: pytest.
     assert code == 2 and "chooses by the question" in err
     code, _, err = run(capsys, *ask, "--heatmap", folder / "map.png", folder / "a.png")
     assert code == 2 and "about a bottleneck" in err
+
+
+def test_maps_of_another_family_are_refused_by_name(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Before its configuration or pictures were read as a LLaVA's."""
+    for words in (
+        ("token-map", folder / "a.png", "--method", "fastv", "--budget", "8", "--output", tmp_path / "a.png"),
+        ("heatmap", folder / "a.png", folder / "photos" / "2.png", "--output", tmp_path / "a.png"),
+    ):
+        code, _, err = run(capsys, *words, "--model", folder)
+        assert code == 2 and "LlavaNextForConditionalGeneration has none: give a LLaVA or ours" in err, err
 
 
 def test_benchmarks_run_on_any_family(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -129,7 +140,7 @@ COMMANDS = {
     "compress": ["compress", "PHOTOS", "--output", "OUT"],
     "store": ["store", "add", "OUT", "PHOTOS"],
     "batch": ["batch", "PHOTOS", "--store", "OUT", "--output", "OUT.rows", "--questions", "QUESTIONS"],
-    "serve": ["serve", "--store", "OUT"],
+    "serve": ["serve", "--store", "OUT", "--port", "PORT"],
 }
 
 
@@ -139,7 +150,11 @@ def test_what_cannot_be_kept_is_refused_by_name(
 ) -> None:
     """A question-dependent method keeps for one question what others would need; before a model is loaded."""
     (tmp_path / "q.txt").write_text(QUESTION)
-    places = {"PHOTOS": folder / "photos", "OUT": tmp_path / "out", "OUT.rows": tmp_path / "o", "QUESTIONS": tmp_path / "q.txt"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places: dict[str, Any] = {"PORT": port, "PHOTOS": folder / "photos", "QUESTIONS": tmp_path / "q.txt"}
+    places |= {"OUT": tmp_path / "out", "OUT.rows": tmp_path / "o"}
     words = [places.get(word, word) for word in COMMANDS[command]]
     cases = {
         "fastv chooses by the question": ["--model", folder, "--method", "fastv", "--budget", "8"],

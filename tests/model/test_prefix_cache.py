@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 import htc_vlm
 from htc_vlm import CompressedImages
+from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.testing.families import FAMILIES, PAD, START, tiny_model
 from htc_vlm.testing.processor import TinyProcessor
 
@@ -70,6 +73,48 @@ def test_a_penalty_counts_the_words_before_a_cached_image() -> None:
     others = [i for i in range(cached.scores[0].shape[1]) if i not in (PAD, START)]
     torch.testing.assert_close(cached.scores[0][:, others], expected.scores[0][:, others], atol=2e-5, rtol=1e-5)
     assert not torch.equal(cached.scores[0], cached.logits[0])
+
+
+@pytest.mark.parametrize("method", [{"name": "divprune", "n_keep": 3}, {"name": "fastv", "n_keep": 3, "layer": 1}])
+@pytest.mark.parametrize("own", [{"num_return_sequences": 2, "num_beams": 2}, {"repetition_penalty": 30.0}])
+def test_a_stock_checkpoint_s_generation_config_does_not_change_greedy_answers(
+    own: dict[str, Any], method: dict[str, Any]
+) -> None:
+    """Qwen2.5-VL's penalises repetition; `num_return_sequences: 2` gave the second question the first one's other answer."""
+    model, processor = made("qwen2_5_vl")
+    answerer = StockAnswerer(model, processor, method)
+    expected = answerer.answer("a", lambda: 0, QUESTIONS, 4)
+    model.generation_config.update(**own)
+    assert answerer.answer("b", lambda: 0, QUESTIONS, 4) == expected and any(expected)
+
+
+@pytest.mark.parametrize("method", [{"name": "none"}, {"name": "fastv", "n_keep": 3, "layer": 1}])
+def test_a_placeholder_in_a_question_is_refused(method: dict[str, Any]) -> None:
+    """The question was taken for a whole prompt: it was read without the chat template, or refused for its beginning."""
+    answerer = StockAnswerer(*made("llava"), method)
+    with pytest.raises(ValueError, match="the question 'what is <image> .' contains <image>, .* leave it out"):
+        answerer.answer("a", lambda: 0, ["what is <image> ?"], 1)
+
+
+def test_beams_are_those_that_are_asked_for() -> None:
+    """Each question has one answer, whatever a checkpoint says; a configuration given to the call counts, as an option does."""
+    model, processor = made("llava")
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    ask = functools.partial(htc_vlm.generate, model, processor, compressed=kept, text=QUESTIONS, max_new_tokens=3)
+    expected = ask()
+    model.generation_config.update(num_beams=2, num_return_sequences=2)
+    assert ask() == expected and len(expected) == 2
+    beams = ask(num_beams=2, num_return_sequences=2)
+    assert len(beams) == 4 and ask(generation_config=GenerationConfig(num_beams=2, num_return_sequences=2)) == beams
+    with pytest.raises(ValueError, match="no question given"):
+        htc_vlm.generate(model, processor, compressed=kept, text=[])
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (8, 8)), "cat.png", 3])
+def test_pictures_are_a_list(images: Any) -> None:
+    """A picture alone was a TypeError of Python; a path, a picture for each of its letters."""
+    with pytest.raises(ValueError, match="images is .*; give a list of pictures"):
+        htc_vlm.compress(*made("llava"), images)
 
 
 def test_a_picture_of_several_tiles_is_one_entry() -> None:

@@ -147,6 +147,12 @@ def test_choices_and_seeds(client: Server) -> None:
     assert len({one["message"]["content"] for one in choices(client.chat(QUESTION, url, n=3))}) == 1, "greedy by default"
 
 
+def test_a_temperature_near_nought_is_greedy(client: Server) -> None:
+    """Scores divided by 1e-40 are all infinite, and the first of them is no answer."""
+    key = client.keep(0)
+    assert text(client.chat(QUESTION, key, temperature=1e-40, seed=1)) == text(client.chat(QUESTION, key, temperature=0))
+
+
 def test_a_stop_string_ends_the_answer_before_it(client: Server) -> None:
     url = client.keep(0)
     answer = text(client.chat(QUESTION, url))

@@ -107,6 +107,16 @@ def test_a_picture_may_be_asked_about_by_its_name(client: Server) -> None:
     assert entry["names"] == ["holiday/beach.png"] and entry["bytes"] == 6144 + 36
 
 
+def test_an_empty_name_is_none_and_the_one_in_the_url_counts_too(client: Server) -> None:
+    """Pictures that were sent with `name=` took each other's name, and `htc:` was the last of them."""
+    body = {"url": data_uri(png(21))}
+    assert client.post("/v1/images?name=", json=body).status_code == 200
+    assert client.post("/v1/images", json={**body, "name": ""}).status_code == 200
+    assert client.chat(QUESTION, "htc:").status_code == 404
+    assert client.post("/v1/images?name=lions.png", json=body).status_code == 200
+    assert client.chat(QUESTION, "htc:lions.png").status_code == 200
+
+
 def test_the_map_travels_with_the_image(client: Server) -> None:
     """A number a patch, 255 at the most; the page draws it over the picture."""
     image = client.get("/v1/images/" + client.keep(64).removeprefix("htc:")).json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -63,12 +64,23 @@ def test_a_picture_that_cannot_be_used_is_named(client: Server, url: Any, status
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "invalid_request", "messages.0.role"),
         ({"messages": [{"role": "system", "content": "hi"}]}, "invalid_request", "known roles"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "invalid_request", "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": UNKNOWN}]}]}, "invalid_request",
+         "messages.0.content.0.image_url.image_url: Input should be a valid dict"),
+        ({"messages": [{"role": "user", "content": " "}]}, "invalid_request", "nothing is asked"),
+        ({"messages": [{"role": "user", "content": []}]}, "invalid_request", "nothing is asked"),
+        ({"messages": [{"role": "user", "content": "\ud800 cat"}]}, "invalid_request", "half a letter"),
         ({"max_tokens": 0}, "invalid_request", "max_tokens"),
         ({"max_tokens": 100_000}, "invalid_request", "at most"),
         ({"temperature": -1}, "invalid_request", "temperature"),
         ({"top_p": 0}, "invalid_request", "top_p"),
         ({"n": 1000}, "invalid_request", "at most"),
+        ({"n": True}, "invalid_request", "n: "),
+        ({"max_tokens": "4"}, "invalid_request", "max_tokens: "),
+        ({"temperature": False}, "invalid_request", "temperature: "),
+        ({"stream": "yes"}, "invalid_request", "stream: "),
         ({"stop": ""}, "invalid_request", "stop"),
+        ({"stop": [1]}, "invalid_request", "stop.0: "),
+        ({"stop": "\udc00"}, "invalid_request", "half a letter"),
         ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
         ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
@@ -77,8 +89,9 @@ def test_a_picture_that_cannot_be_used_is_named(client: Server, url: Any, status
 def test_a_request_that_cannot_be_done_is_refused(client: Server, change: dict[str, Any], code: str, words: str) -> None:
     """An option that is silently ignored gives an answer to another request."""
     status = 404 if code == "model_not_found" else 400
-    assert words in error(client.post(CHAT, json=ask(QUESTION, **change) if "messages" not in change else
-                                      {"model": "tiny", **change}), status, code)  # fmt: skip
+    body = ask(QUESTION, **change) if "messages" not in change else {"model": "tiny", **change}
+    response = client.post(CHAT, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert words in error(response, status, code)
 
 
 def test_options_at_their_neutral_values_are_fine(client: Server) -> None:
@@ -99,7 +112,8 @@ def test_a_prompt_longer_than_the_context_is_refused(client: Server) -> None:
 
 
 def test_bad_json_and_unknown_routes(client: Server) -> None:
-    error(client.post(CHAT, content=b"{", headers={"Content-Type": "application/json"}), 400, "invalid_request")
+    for body in (b"{", b"[" * 100_000, b'{"model": "\xff"}', b'{"n": ' + b"9" * 5000 + b"}", b"null"):
+        error(client.post(CHAT, content=body, headers={"Content-Type": "application/json"}), 400, "invalid_request")
     error(client.get("/v1/nothing"), 404, "no_such_route")
     error(client.get(CHAT), 405, "no_such_route")
     error(client.get("/docs"), 404, "no_such_route")  # it would load scripts of other hosts

@@ -160,7 +160,7 @@ def build_for(name: str, settings: dict[str, Any], budget: float | None, n_patch
     cls: Any = compressors.COMPRESSORS.get(name)
     if isinstance(budget, int) and "budget" in (own.name for own in fields(cls.Settings)):
         return compressors.build(name, budget=budget, **settings)  # SparseVLM's published tables
-    return compressors.build(name, **{**cls.for_budget(budget, n_patches, n_layers), **settings})
+    return compressors.build(name, **compressors.at_budget(name, budget, n_patches, n_layers, settings))
 
 
 @contextmanager

@@ -5,11 +5,14 @@ Source:  ours.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,6 +21,7 @@ from htc_vlm.files import replacing
 
 FILE = "answers.sqlite"
 FORMATS = ("jsonl", "parquet")
+COLUMNS = "place, number, path, id, question, answer, error"
 TABLES = """
 CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (place INTEGER NOT NULL, number INTEGER NOT NULL, path TEXT NOT NULL, id TEXT NOT NULL,
@@ -39,23 +43,54 @@ class Journal:
             self._lock.close()
             raise ValueError(f"{folder}: another batch run is writing here; wait for it, or give another --output") from error
         self._db = sqlite3.connect(folder / FILE, isolation_level=None, timeout=60)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(TABLES)
-        self._check(about)
+        try:
+            with self._speaking():
+                self._db.text_factory = lambda text: text.decode("utf-8", "replace")  # a flipped bit may make anything of it
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.executescript(TABLES)
+                if "checksum" not in [column[1] for column in self._db.execute("PRAGMA table_info(answers)")]:
+                    self._db.execute("ALTER TABLE answers ADD COLUMN checksum TEXT")  # None: written before there was one
+                self._check(about)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """SQLite's errors as what is wrong with the file, in one line."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            path, text = str(self.folder / FILE), str(error)
+            if "full" in text:
+                raise OSError(errno.ENOSPC, "the disk is full; rows written before are kept", path) from error
+            if "readonly" in text or "unable to open" in text:
+                raise OSError(errno.EROFS, "cannot be written to (read-only)", path) from error
+            if "locked" in text or "disk I/O" in text:
+                raise OSError(errno.EIO, f"cannot be read or written ({text})", path) from error
+            raise ValueError(
+                f"{path}: is damaged, or of no batch run ({text}); move it away and start again: pictures in the store are not "
+                "compressed twice"
+            ) from error
 
     def _check(self, about: Mapping[str, Any]) -> None:
         before = {key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM about")}
         differ = [key for key in about if key in before and before[key] != json.loads(json.dumps(about[key]))]
         if differ:
-            self.close()
             raise ValueError(f"{self.folder}: was begun with other {', '.join(differ)}; give another --output")
         values = [(key, json.dumps(value)) for key, value in about.items()]
         self._db.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", values)
 
     def done(self) -> set[str]:
-        """Names of the pictures whose rows are all there: they are committed together."""
-        return {path for (path,) in self._db.execute("SELECT DISTINCT path FROM answers")}
+        """Names of the pictures whose rows are all there: they are committed together. Those with a damaged row are taken
+        out, and so asked again: SQLite gives flipped bytes without a word."""
+        with self._speaking():
+            records = self._db.execute(f"SELECT rowid, {COLUMNS}, checksum FROM answers")
+            broken = [(rowid, row[2], row[0], row[3]) for rowid, *row in records if not _holds(row)]
+            where = "rowid = ? OR path = ? OR (place = ? AND id = ?)"  # of the same picture, if its path is what is damaged
+            self._db.executemany(f"DELETE FROM answers WHERE {where}", broken)
+            return {path for (path,) in self._db.execute("SELECT DISTINCT path FROM answers")}
 
     def add(self, rows: Mapping[str, Sequence[Any]], places: Mapping[str, int]) -> None:
         """Commit all rows of some pictures; places: each picture's number in the source."""
@@ -65,13 +100,16 @@ class Journal:
                 *(rows[key] for key in ("path", "id", "number", "question", "answer", "error")), strict=True
             )
         ]
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?,?,?)", values)
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
+        with self._speaking():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                insert = f"INSERT OR REPLACE INTO answers ({COLUMNS}, checksum) VALUES (?,?,?,?,?,?,?,?)"
+                self._db.executemany(insert, [(*row, _checksum(row)) for row in values])
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
     def counts(self) -> dict[str, int]:
         """rows, pictures, and refused pictures."""
@@ -96,7 +134,7 @@ class Journal:
     def write(self, kind: str) -> Path:
         """All rows as answers.jsonl or answers.parquet: path, id, question, answer, error."""
         path = self.folder / f"answers.{kind}"
-        with replacing(path) as partial:
+        with self._speaking(), replacing(path) as partial:
             if kind == "jsonl":
                 with partial.open("w", encoding="utf-8") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
@@ -113,6 +151,17 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _checksum(row: Sequence[Any]) -> str:
+    """Of one row's COLUMNS."""
+    return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()[:32]
+
+
+def _holds(record: Sequence[Any]) -> bool:
+    """Are a record's COLUMNS those that its checksum, behind them, was made of?"""
+    *row, checksum = record
+    return checksum is None or (all(isinstance(one, str | int) for one in row) and checksum == _checksum(row))
 
 
 def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.batch.sources import Ref
+from htc_vlm.files import check_text, read_text
 
 PICTURE, QUESTION = ("picture", "image", "path", "file", "id"), ("question", "text", "prompt")
 
@@ -59,14 +61,17 @@ def read(path: Path) -> Questions:
     if kind in (".jsonl", ".ndjson"):
         rows = _json_lines(path)
     elif kind in (".csv", ".tsv"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","))
+        lines = io.StringIO(read_text(path), newline="")
+        try:
+            rows = list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+        except csv.Error as error:
+            raise ValueError(f"{path}: is no table that can be read ({error})") from error
     elif kind == ".parquet":
         from htc_vlm.store.export import pyarrow
 
         rows = pyarrow().parquet.read_table(path).to_pylist()
     elif kind == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path).split("\n")
         rows = [{"question": line.strip()} for line in lines if line.strip()]
     else:
         raise ValueError(f"{path}: is of no known kind; give .txt, .jsonl, .csv, .tsv or .parquet")
@@ -75,7 +80,7 @@ def read(path: Path) -> Questions:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -94,6 +99,7 @@ def _sorted_out(path: Path, rows: Sequence[Mapping[str, Any]]) -> Questions:
         asked = next((row[key] for key in QUESTION if isinstance(row, Mapping) and row.get(key)), None)
         if not isinstance(asked, str) or not asked.strip():
             raise ValueError(f"{path}, row {number}: has no question (looked for {', '.join(QUESTION)})")
+        check_text(asked, f"{path}, row {number}")
         picture = next((row[key] for key in PICTURE if row.get(key)), None)
         if picture is None:
             for_all.append(asked)

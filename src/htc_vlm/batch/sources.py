@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.files import PICTURES
+from htc_vlm.files import PICTURES, read_text
 from htc_vlm.store.pictures import paths_of
 
 IMAGE_COLUMNS = ("image", "picture", "jpg", "png", "bytes", "content", "image_bytes")
@@ -88,7 +88,7 @@ def _refs_of_file(path: Path) -> Iterator[Ref]:
     elif kind == ".parquet":
         yield from _refs_in_parquet(path)
     elif kind in (".txt", ".list") and path.is_file():
-        for line in path.read_text(encoding="utf-8-sig").split("\n"):
+        for line in read_text(path).split("\n"):
             if line.strip():
                 yield _file_ref(path.parent / line.strip())
     else:

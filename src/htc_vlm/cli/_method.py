@@ -44,15 +44,19 @@ def method_of(text: str | None, budget: float | None, model: Any) -> dict[str, A
     from htc_vlm.model.modeling import sizes_of
 
     n_layers = model.config.text_config.num_hidden_layers
-    made = compressors.get(method["name"]).for_budget(budget, sizes_of(model.config).n_patches, n_layers)
-    return {**made, **method}
+    name, n_patches = method.pop("name"), sizes_of(model.config).n_patches
+    return {"name": name, **compressors.at_budget(name, budget, n_patches, n_layers, method)}
 
 
 def stock_method(text: str | None, budget: float | None) -> dict[str, Any] | None:
     """--method and --budget as `apply` takes them on a stock model: the budget is fitted to each picture."""
     check_budget(text, budget)
     method = parse_method(text)
-    return method if method is None or budget is None else {"budget": budget, **method}
+    if method is None or budget is None:
+        return method
+    if "budget" in method:
+        raise ValueError(f"--budget is {budget}, and --method says budget {method['budget']!r}; give one of them")
+    return {"budget": budget, **method}
 
 
 def add_method(arguments: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.cli._method import method_of, stock_method
-from htc_vlm.files import FIGURES, MAX_PIXELS, PICTURES, check_output, pixel_limit, positive
+from htc_vlm.cli._toys import tell_toy
+from htc_vlm.files import FIGURES, MAX_PIXELS, PICTURES, check_output, check_text, pixel_limit, positive
 from htc_vlm.settings import budget
 
 EXAMPLE = 'e.g. htc-vlm ask cat.png "what is at the top left ?"'
@@ -77,6 +78,8 @@ def check(request: Request, options: argparse.Namespace) -> None:
         raise ValueError("give pictures or --from FILE, not both")
     if not all(question.strip() for question in request.questions):
         raise ValueError(f"an empty question; {EXAMPLE}")
+    for question in request.questions:
+        check_text(question, "a question")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
     if options.batch_size < 1:
@@ -161,6 +164,7 @@ class Asked:
         else:
             self.method, self.is_prefix = method_of(options.method, options.budget, self.model), False
             self.answerer = Answerer(self.model, self.processor)
+        tell_toy("ask", options.model)
         for question in questions:
             unknown = self.answerer.unknown_words(question)
             if unknown:

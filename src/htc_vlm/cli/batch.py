@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.cli._method import add_method, kept_method
+from htc_vlm.cli._toys import tell_toy
 
 EXIT_PARTLY = 1
 
@@ -50,6 +51,8 @@ def run(argv: list[str]) -> int:
     for name in ("batch_size", "max_new_tokens", "actors"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least 1")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers is {options.workers}; give 0 (none beside this process) or more")
     from htc_vlm.batch import questions
     from htc_vlm.batch.run import run as run_batch
     from htc_vlm.batch.steps import Settings
@@ -62,6 +65,7 @@ def run(argv: list[str]) -> int:
         options.model, options.store, options.dtype, options.maps, options.max_new_tokens, options.device, kept_method(options)
     )
     asked = questions.read(options.questions)
+    tell_toy("batch", options.model)
     try:
         report = run_batch(
             options.source, asked, options.output, settings, _engine(options), options.batch_size, options.format,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.cli._method import add_method, kept_method
+from htc_vlm.cli._toys import tell_toy
 from htc_vlm.files import MAX_PIXELS, check_output, picture_files, pixel_limit, positive
 
 SAVE_EVERY_S = 60.0  # what is done so far is written about this often, so that a kill loses little
@@ -97,6 +98,7 @@ def run(argv: list[str]) -> int:
     from htc_vlm.store.encoding import encoder_of
 
     model, processor = load(options.model)
+    tell_toy("compress", options.model)
     encoder = encoder_of(to_device(model, options.device), processor, method)
     album, refused = Album(options.output, len(files)), []
 

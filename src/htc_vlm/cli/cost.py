@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm import settings
+from htc_vlm.files import read_object
 
 LLAVA_7B = "llava-1.5-7b"
 
@@ -58,7 +59,7 @@ def find_model(model: str, picture: tuple[int, int]) -> Model:
             f"{folder}: how many tokens a picture has in this family depends on the picture; give a public name, with "
             f"--picture: {', '.join(SHAPES)}"
         )
-    elif "text_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    elif "text_config" in read_object(folder / "config.json"):
         config = HtcVlmConfig.from_pretrained(folder)
         n_patches, text_config = sizes_of(config).n_patches, config.text_config
     else:

@@ -71,12 +71,14 @@ def run(argv: list[str]) -> int:
     """Answer benchmark questions and score them; start again to go on where a run was cut off."""
     args = _parser().parse_args(argv)
     check_budget(args.method, args.budget)
+    for name in ("limit", "batch_size"):
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; give at least 1")
     if args.data is not None:
         os.environ["HTC_VLM_DATA"] = str(args.data)  # where our own sets look for their files
     root = Path(os.environ.get("HTC_VLM_DATA", "data"))
     check_single_process()
-    if args.budget is not None and args.method is None:
-        raise ValueError("--budget sets the settings of a --method; name one, e.g. --method fastv")
     tasks = _tasks(args)  # before the model: a misspelt task should not cost a minute
     items, refused = _loaded(tasks, args, root)
     if not items:
@@ -84,6 +86,7 @@ def run(argv: list[str]) -> int:
 
     from htc_vlm import apply, load
     from htc_vlm.model.answering import Answerer
+    from htc_vlm.model.loading import to_device
     from htc_vlm.model.recipe import recipe_of
     from htc_vlm.model.stock_answering import StockAnswerer, is_stock
 
@@ -95,7 +98,7 @@ def run(argv: list[str]) -> int:
     else:
         method = method_of(args.method, args.budget, model)
         config = {"model": args.model, "compressor": model.config.compressor, "recipe": model.recipe().digest}
-    model.to(args.device).eval()
+    to_device(model, args.device).eval()
     with nullcontext() if method is None or is_stock(model) else apply(model, **method) as applied:
         keep_pixels = applied is not None and applied.method.acts_in_tower
         answerer: Any = (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from htc_vlm.cli._method import add_method, kept_method
+from htc_vlm.cli._toys import tell_toy
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = "HTC_VLM_TOKEN"
@@ -24,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--model", default="tiny", help="a shipped checkpoint's name or a folder (default: tiny)")
     arguments.add_argument("--name", help="what clients call the model (default: as --model, without folders)")
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    arguments.add_argument("--dtype", default="model", help="how the store keeps new pictures: model, int8, int4, int2")
+    dtypes = ("model", "int8", "int4", "int2")
+    arguments.add_argument("--dtype", default="model", choices=dtypes, help="how the store keeps new pictures (default: model)")
     add_method(arguments)
     arguments.add_argument("--no-maps", action="store_true", help="do not keep where the model looked in new pictures")
     arguments.add_argument("--host", default="127.0.0.1", help="another than 127.0.0.1 needs a token")
@@ -54,7 +57,10 @@ def run(argv: list[str]) -> int:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed; pip install 'htc-vlm[serve]'") from error
+    if options.grace < 0:
+        raise ValueError(f"--grace is {options.grace}; give 0 or more seconds")
     app = make_app(options, token)
+    tell_toy("serve", options.model)
     shown = f"[{options.host}]" if ":" in options.host else options.host
     at = f"http://{shown}:{options.port}"
     print(f"{at}/ is the page, {at}/v1 is for OpenAI clients", file=sys.stderr)
@@ -67,6 +73,20 @@ def run(argv: list[str]) -> int:
     return 0 if server.started else 2
 
 
+def check_address(host: str, port: int) -> None:
+    """OSError or ValueError for where nobody can listen, before a model is loaded."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port is {port}; give a number of 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        told = f"nobody can listen there ({error.strerror or error}); give another --port or --host"
+        raise OSError(error.errno, told, f"{host}:{port}") from error
+
+
 def make_app(options: argparse.Namespace, token: str | None) -> Any:
     """The application with its model and store."""
     from htc_vlm import load
@@ -77,6 +97,7 @@ def make_app(options: argparse.Namespace, token: str | None) -> Any:
     from htc_vlm.store import ImageStore
 
     limits, method = Limits(**{name: getattr(options, name) for name in _limits()}), kept_method(options)
+    check_address(options.host, options.port)
     model, processor = load(options.model)
     to_device(model, options.device)
     maps = own_bottleneck(model) and model.HAS_MAPS and not options.no_maps

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.cli._method import add_method, kept_method
+from htc_vlm.cli._toys import tell_toy
 
 EXIT_PARTLY = 1
 DTYPES = ("model", "int8", "int4", "int2")
@@ -82,6 +83,7 @@ def add(options: argparse.Namespace) -> int:
     method = kept_method(options)
     model, processor = load(options.model)
     to_device(model, options.device)
+    tell_toy("store", options.model)
     started = time.perf_counter()
     with ImageStore.open(options.store, model, processor, options.dtype, method=method, maps=options.maps) as store:
         added = store.add(paths, batch_size=options.batch_size, progress=sys.stderr.isatty(), on_refused=_tell)
@@ -114,6 +116,8 @@ def get(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}; give at least 1")
     with _open(options) as store:
         entries = store.list(options.limit, options.name)
         for one in entries:

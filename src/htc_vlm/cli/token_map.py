@@ -39,18 +39,18 @@ def run(argv: list[str]) -> int:
     from htc_vlm import compressors, load
     from htc_vlm.data.images import load_for_model
     from htc_vlm.model.loading import to_device
-    from htc_vlm.model.modeling import sizes_of
+    from htc_vlm.model.modeling import check_llava, sizes_of
     from htc_vlm.viz import token_map
 
     picture = load_for_model(options.picture, **pixel_limit(options))
     model, processor = load(options.model)
+    check_llava(model, "a map of tokens")
     to_device(model, options.device)
     n_layers = model.config.text_config.num_hidden_layers
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = from_pairs(options.set, "n_keep=12")
     if options.budget is not None:
         n_patches = sizes_of(model.config).n_patches
-        settings = compressors.get(options.method).for_budget(options.budget, n_patches, n_layers)
-    settings |= from_pairs(options.set, "n_keep=12")
+        settings = compressors.at_budget(options.method, options.budget, n_patches, n_layers, settings)
     found = token_map.record(model, processor, picture, options.question, options.method, settings)
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
     square = token_map.seen_by_model(model, processor, picture)

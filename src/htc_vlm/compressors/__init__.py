@@ -19,10 +19,12 @@ from htc_vlm.compressors.base import (
     PruneStep,
     Sizes,
     TowerView,
+    at_budget,
     budget_tokens,
     build,
     check_choice,
     check_count,
+    check_seed,
     get,
 )
 
@@ -46,10 +48,12 @@ __all__ = [
     "AttentionView",
     "Sizes",
     "TowerView",
+    "at_budget",
     "budget_tokens",
     "build",
     "check_choice",
     "check_count",
+    "check_seed",
     "get",
     "names",
 ]

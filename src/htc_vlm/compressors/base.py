@@ -17,15 +17,16 @@ Differs: a trained model's own forward serves `before_llm`, `fusion_layers` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from htc_vlm.ops.merge import TokenMerge
 from htc_vlm.registry import Registry
+from htc_vlm.settings import typed
 from htc_vlm.tokens import TokenLayout
 
 
@@ -284,7 +285,7 @@ class Compressor(nn.Module):
         return {"name": self.name, **asdict(self.settings)}
 
 
-COMPRESSORS: Registry[Compressor] = Registry("compressor", group="htc_vlm.compressors")
+COMPRESSORS: Registry[Compressor] = Registry("compressor", group="htc_vlm.compressors", base=Compressor)
 
 
 class AppliedOnly(Compressor):
@@ -316,13 +317,38 @@ def get(name: str) -> type[Compressor]:
 
 
 def build(name: str, **settings: Any) -> Compressor:
-    """A compressor by name. ValueError for an unknown name or setting, naming what is known."""
+    """A compressor by name. ValueError for an unknown name or setting, naming what is known, and for one of a wrong type."""
     cls: Any = get(name)
     known = [field.name for field in fields(cls.Settings)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
-    return cls(cls.Settings(**settings))
+    hints = _hints(cls.Settings)
+    return cls(cls.Settings(**{key: typed(f"{name}: {key}", value, hints.get(key, Any)) for key, value in settings.items()}))
+
+
+def _hints(settings: type) -> dict[str, Any]:
+    """The types of settings; none where their names are not known to the module (of a class in a function)."""
+    try:
+        return get_type_hints(settings)
+    except NameError:
+        return {}
+
+
+def at_budget(name: str, budget: float, n_patches: int, n_layers: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a method has at a budget (see `for_budget`), and those given besides. ValueError where both say the
+    same, or the method has none to set: one of the two would be ignored.
+
+    >>> at_budget("tome", 12, 36, 6, {"place": "after_tower"})
+    {'n_keep': 12, 'place': 'after_tower'}
+    """
+    made = get(name).for_budget(budget, n_patches, n_layers)
+    if not made:
+        raise ValueError(f"{name} has no setting for a budget ({budget}); leave it out")
+    both = sorted(made.keys() & given.keys())
+    if both:
+        raise ValueError(f"{name}: budget {budget} sets {', '.join(made)}; leave out {', '.join(both)}, or the budget")
+    return {**made, **given}
 
 
 def budget_tokens(method: str, budget: float, n_patches: int) -> int:
@@ -344,6 +370,12 @@ def check_count(method: str, what: str, value: int, at_least: int = 1, at_most: 
         raise ValueError(f"{method}: {what} is {value!r}; give a whole number of at least {at_least}")
     if at_most is not None and value > at_most:
         raise ValueError(f"{method}: {what} is {value}; there are only {at_most} to choose from")
+
+
+def check_seed(method: str, what: str, value: int) -> None:
+    """ValueError unless `value` is a whole number that torch takes as a seed."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{method}: {what} is {value!r}; give a whole number of at most 63 bits")
 
 
 def check_choice(method: str, what: str, value: str, known: tuple[str, ...]) -> None:

@@ -45,6 +45,10 @@ class PyramidDrop(AppliedOnly):
             stages, ratio = schedules.PYRAMID_DROP[n_tokens]
             return {"stages": stages, "ratio": ratio}
         stages = tuple(max(1, round(stage * n_layers / schedules.PUBLISHED_LAYERS)) for stage in (2, 8, 16))
+        if len(set(stages)) < len(stages):
+            raise ValueError(
+                f"{cls.name}: a budget has three stages, for which {n_layers} layers are too few; give stages and ratio instead"
+            )
         return {"stages": stages, "ratio": schedules.pyramid_drop_ratio(n_patches, n_layers, stages, n_tokens)}
 
     def __init__(self, settings: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, budget_tokens, check_count
+from htc_vlm.compressors.base import COMPRESSORS, Compressor, ImageFeatures, budget_tokens, check_count, check_seed
 from htc_vlm.ops.select import keep_random
 
 
@@ -42,6 +42,7 @@ class RandomDrop(Compressor):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         check_count(self.name, "n_keep", settings.n_keep)
+        check_seed(self.name, "seed", settings.seed)
 
     def n_visual(self, n_patches: int) -> int:
         check_count(self.name, "n_keep", self.settings.n_keep, at_most=n_patches)

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from htc_vlm.compressors.base import COMPRESSORS, AppliedOnly, AttentionView, Keep, Merge, PruneStep, budget_tokens, check_count
+from htc_vlm.compressors.base import (
+    COMPRESSORS,
+    AppliedOnly,
+    AttentionView,
+    Keep,
+    Merge,
+    PruneStep,
+    budget_tokens,
+    check_count,
+    check_seed,
+)
 from htc_vlm.ops import schedules
 from htc_vlm.ops.cluster import density_noise, dpc_knn_assign
 from htc_vlm.ops.select import gather_tokens, keep_top
@@ -85,6 +95,8 @@ class SparseVlm(AppliedOnly):
         for layer in settings.layers or ():
             check_count(self.name, "layers", layer, at_least=0)
         check_count(self.name, "n_heads", settings.n_heads)
+        if settings.noise_seed is not None:
+            check_seed(self.name, "noise_seed", settings.noise_seed)
 
     def authors_tokens(self, schedule: Sequence[int]) -> float:
         """Tokens leaving each layer."""

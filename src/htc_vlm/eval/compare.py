@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from htc_vlm.eval.task import Mark
+from htc_vlm.files import read_object, read_text
 
+AGAIN = "run the same `htc-vlm eval` again: it asks nothing twice and writes it"
 MARKS = "marks.jsonl"
 
 
@@ -106,8 +108,14 @@ def write_marks(path: Path, marks: Sequence[Mark]) -> None:
 def read_marks(path: Path) -> list[Mark]:
     """The marks of a result; FileNotFoundError says how to make them."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the same `htc-vlm eval` again: it asks nothing twice and writes it")
-    return [Mark(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        raise FileNotFoundError(f"{path} is missing; {AGAIN}")
+    marks = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            marks += [Mark(**json.loads(line))] if line else []
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: is damaged ({error}); {AGAIN}") from error
+    return marks
 
 
 def result_folders(path: Path) -> dict[str, Path]:
@@ -123,8 +131,11 @@ def result_folders(path: Path) -> dict[str, Path]:
 
 def compare_results(first: Path, second: Path, *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Comparison:
     """Compare two folders with result.json and marks.jsonl; ValueError unless they hold the same questions, asked alike."""
-    results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in (first, second)]
+    results = [read_object(folder / "result.json", AGAIN) for folder in (first, second)]
     for what in ("task", "split", "protocol"):
+        for folder, result in zip((first, second), results, strict=True):
+            if what not in (result.get("config") or {}):
+                raise ValueError(f"{folder / 'result.json'}: says no {what}, so it is no result of `htc-vlm eval`")
         values = [result["config"][what] for result in results]
         if values[0] != values[1]:
             raise ValueError(f"{first} and {second} differ in {what}: {values[0]!r}, {values[1]!r}")

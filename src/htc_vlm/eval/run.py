@@ -37,7 +37,7 @@ from htc_vlm.eval.blind import blind_baselines
 from htc_vlm.eval.compare import MARKS, write_marks
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.eval.task import Exports, HasBaselines, HasLayout, HasMarks, Item, PictureFile, Task, check_split, make_task
-from htc_vlm.files import write_json
+from htc_vlm.files import read_object, write_json
 
 
 class Answerer(Protocol):
@@ -281,7 +281,7 @@ def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_object(path, "choose another --output")
     now = json.loads(json.dumps(settings))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
@@ -293,7 +293,7 @@ def _no_smaller_result(path: Path, n_questions: int) -> None:
     """Refuse to replace the result of more questions than are asked for now."""
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["n_questions"]
+    before = read_object(path, "choose another --output").get("n_questions", 0)
     if before > n_questions:
         raise AnswersError(
             f"{path} is the result of {before} questions; one of {n_questions} would replace it. Leave out --limit, or choose "

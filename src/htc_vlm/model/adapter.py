@@ -14,7 +14,6 @@ Differs: VisCo's bottleneck is its own; ours is whatever `reads_apart` (compress
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from htc_vlm.files import replacing, write_json
+from htc_vlm.files import read_object, replacing, write_json
 from htc_vlm.model.weights_digest import weights_digest
 
 NAME = "image_reader"  # of the PEFT adapter
@@ -114,8 +113,7 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(folder) / ABOUT
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: holds no adapter (no {ABOUT}); model.save_adapter writes one")
-    about: dict[str, Any] = json.loads(file.read_text())
-    return about
+    return read_object(file, "save the adapter again")
 
 
 def restore(model: Any, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:

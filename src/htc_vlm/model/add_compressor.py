@@ -7,7 +7,6 @@ Differs: nothing is loaded half: a missing or unexpected weight is an error that
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from htc_vlm import compressors
 from htc_vlm.convert import llava_original
 from htc_vlm.convert.llava_original import CLIP_336_CONFIG, is_original_layout, llava_state_dict
 from htc_vlm.data.prompts import VICUNA_V1
+from htc_vlm.files import read_object
 from htc_vlm.model.configuration import HtcVlmConfig
 from htc_vlm.model.generation_defaults import check_defaults
 from htc_vlm.model.load_report import holds_weights, without_load_report
@@ -112,7 +112,7 @@ def with_compressor(
 def family_type(path: str | os.PathLike[str]) -> str | None:
     """The model type of a checkpoint of another family than LLaVA; None for LLaVA's, and where there is no config.json."""
     file = Path(path) / "config.json"
-    kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type")) if file.is_file() else "llava"
+    kind = str(read_object(file).get("model_type")) if file.is_file() else "llava"
     return None if kind in LLAVA_TYPES or is_original_layout(path) else kind
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from htc_vlm.applied.families import family_of
+from htc_vlm.files import read_object
 from htc_vlm.model import adapter as adapters
 from htc_vlm.model import bottlenecks
 from htc_vlm.model.add_compressor import LLAVA_TYPES, with_compressor
@@ -104,7 +104,7 @@ def _load(
 
 def model_type(folder: Path) -> str:
     """What config.json says a checkpoint is."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    return str(read_object(folder / "config.json").get("model_type"))
 
 
 def _load_stock(folder: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:

@@ -8,12 +8,13 @@ Differs: the image is cached with what a question-independent method leaves of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -25,6 +26,7 @@ from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.recipe import recipe_of
 
 OWN = "its own"  # the method of a model with a compressor
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever a checkpoint says
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def compress(
     is cached too, and later prompts must begin alike (default: what the chat template writes).
     ValueError for methods that need the question, and for pictures that give different numbers of entries.
     """
+    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+        what = "a picture" if isinstance(images, Image) else f"{type(images).__name__} {images!r:.60}"
+        raise ValueError(f"images is {what}; give a list of pictures, e.g. [Image.open('cat.png')]")
     images = list(images)
     if not images:
         raise ValueError("no picture given")
@@ -92,6 +97,8 @@ def generate(
     ValueError for images of another model, processor or method, another beginning, or a second image.
     """
     text = [text] if isinstance(text, str) else list(text)
+    if not text:
+        raise ValueError("no question given; text=[...] takes one or more")
     which = images_of(len(text), len(compressed), which)
     if compressed.prompt is None:
         if not own_bottleneck(model):
@@ -101,10 +108,11 @@ def generate(
         return Answerer(model, processor).ask(compressed, which, text, max_new_tokens)
     tails = [tail(split(processor, one), compressed.prompt) for one in text]
     inputs = over(model, processor, compressed, which, tails)
-    n_copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+    given = {name: getattr(options.get("generation_config"), name, None) for name in GREEDY}
+    options = {**GREEDY, **{name: value for name, value in (given | options).items() if value is not None}}
+    n_copies = max(int(options[name]) for name in ("num_beams", "num_return_sequences"))
     if n_copies > 1:
         inputs["past_key_values"].batch_repeat_interleave(n_copies)
-    options = {"do_sample": False, **options}
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     n_given = inputs["input_ids"].shape[1]
     if isinstance(out, Tensor):

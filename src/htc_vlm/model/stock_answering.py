@@ -18,6 +18,7 @@ from htc_vlm.model import prefix_cache
 from htc_vlm.model.answering import AskLike
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation import GeneratesOverKv
+from htc_vlm.model.generation_options import greedy
 
 Kept = CompressedImages | list[CompressedImages] | list[Image.Image]
 
@@ -53,7 +54,15 @@ class StockAnswerer:
         return kept(pictures) if self.one_file else [kept([picture]) for picture in pictures]
 
     def ask(self, encoded: Kept, which: Sequence[int], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        """questions[i] about image which[i] of `encoded` -> answers."""
+        """questions[i] about image which[i] of `encoded` -> answers. ValueError for a question that contains a placeholder,
+        which would be taken for a whole prompt."""
+        mark = self.processor.image_token
+        for question in questions:
+            if mark in question:
+                raise ValueError(
+                    f"the question {question!r} contains {mark}, which stands for a picture inside the model; leave it out: "
+                    "the picture is put where it belongs"
+                )
         if isinstance(encoded, CompressedImages):
             return self._over(encoded, list(which), list(questions), max_new_tokens)
         answers: dict[int, str] = {}
@@ -84,9 +93,10 @@ class StockAnswerer:
         return []
 
     def _over(self, kept: CompressedImages, which: list[int], questions: list[str], max_new_tokens: int) -> list[str]:
-        found: list[str] = prefix_cache.generate(
-            self.model, self.processor, compressed=kept, text=questions, which=which, max_new_tokens=max_new_tokens
-        )
+        with greedy(self.model):
+            found: list[str] = prefix_cache.generate(
+                self.model, self.processor, compressed=kept, text=questions, which=which, max_new_tokens=max_new_tokens
+            )
         return found
 
     @torch.no_grad()
@@ -94,7 +104,7 @@ class StockAnswerer:
         """The picture is read with the question."""
         asked = prefix_cache.split(self.processor, question)
         inputs = prefix_cache.read(self.model, self.processor, asked, picture, whole=True)
-        with apply(self.model, **self.method):
+        with apply(self.model, **self.method), greedy(self.model):
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         return str(self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]).strip()

@@ -62,7 +62,7 @@ class Quantizer(nn.Module):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-QUANTIZERS: Registry[Quantizer] = Registry("quantizer", group="htc_vlm.quantizers")
+QUANTIZERS: Registry[Quantizer] = Registry("quantizer", group="htc_vlm.quantizers", base=Quantizer)
 
 
 def resolve(name: str = "mgvq", preset: str | None = None, **options: Any) -> tuple[type[Quantizer], dict[str, Any]]:

@@ -118,13 +118,15 @@ async def _refused(request: Request, error: Any) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return _respond(Refusal(400, f"{where}: {first['msg']}" if where else first["msg"], "invalid_request"))
+    """Of what could have been meant (a text or a list of parts, say), the one that fits furthest."""
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
+    where = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
+    return _respond(Refusal(400, f"{where or 'the body'}: {first['msg']}", "invalid_request"))
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    return _respond(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}", "no_such_route"))
+    code = "no_such_route" if error.status_code in (404, 405) else "invalid_request"
+    return _respond(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -193,10 +195,10 @@ async def add_image(request: Request, name: str | None = None) -> dict[str, Any]
             given = ImageRequest.model_validate_json(body)
         except ValidationError as error:
             raise RequestValidationError(error.errors(include_url=False)) from error
-        body, name = await asyncio.to_thread(data_of, given.url), given.name
+        body, name = await asyncio.to_thread(data_of, given.url), given.name or name
     elif not (kind.startswith("image/") or kind == "application/octet-stream"):
         raise Refusal(400, f"Content-Type is {kind!r}; send image/... or application/json", "invalid_request")
-    return await server.pictures.describe(await server.pictures.add(body, name))
+    return await server.pictures.describe(await server.pictures.add(body, name or None))
 
 
 @routes.get("/v1/images")

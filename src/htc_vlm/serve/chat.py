@@ -21,6 +21,9 @@ from htc_vlm.serve.pictures import Pictures
 from htc_vlm.serve.rows import Piece, Prompt, Row, Sampling
 from htc_vlm.serve.schema import ChatRequest, ImagePart, Message, TextPart
 
+NOTHING_ASKED = "messages: nothing is asked; write a text"
+LEAST_TEMPERATURE = 1e-5  # below it scores overflow; the likeliest token is what is meant
+
 
 class Writer:
     """Writes prompts for one model."""
@@ -40,6 +43,8 @@ class Writer:
         if image in ids or ids.count(bottleneck) != n_cached:
             what = f"the prompt has {ids.count(bottleneck)} places, the images need {n_cached}"
             raise Refusal(400, what, "invalid_request")
+        if len(ids) == n_cached:
+            raise Refusal(400, NOTHING_ASKED, "invalid_request")
         n_free = sum(images.n_visual) if images is not None and self.model.model.compressor.positions == "sequential" else 0
         return Prompt(tuple(ids), images, tuple(image_ids), n_cached, len(ids) + n_free, len(ids))
 
@@ -94,9 +99,10 @@ class Writer:
         own = self.model.generation_config
         temperature = (own.temperature if own.temperature is not None else 1.0) if own.do_sample else 0.0
         top_p = (own.top_p if own.top_p is not None else 1.0) if own.do_sample else 1.0
+        temperature = temperature if request.temperature is None else request.temperature
         return Sampling(
             max_tokens=wanted or min(default, room),
-            temperature=temperature if request.temperature is None else request.temperature,
+            temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
             top_p=top_p if request.top_p is None else request.top_p,
             seed=request.seed,
             stop=request.stops(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from htc_vlm.serve.errors import Refusal
 
@@ -17,15 +17,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def whole_letters(text: str) -> str:
+    """JSON can write half a letter (a lone surrogate), which no tokenizer and no file takes. ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text is no Unicode: half a letter ({text[error.start]!r}) at {error.start}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole_letters)]
+
+
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(BaseModel):
     """`data:image/...;base64,...` or `htc:ID`."""
 
-    url: str
+    url: Text
 
 
 class ImagePart(BaseModel):
@@ -38,14 +50,14 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     def parts(self) -> list[TextPart | ImagePart]:
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
 class ChatRequest(BaseModel):
@@ -55,15 +67,15 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    stream: bool | None = False
+    stream: StrictBool | None = False  # numbers and switches are none of "true", "4", true for 1
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = Field(1, ge=1)
+    max_tokens: StrictInt | None = Field(None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1)
+    temperature: StrictFloat | None = Field(None, ge=0, le=2)
+    top_p: StrictFloat | None = Field(None, gt=0, le=1)
+    seed: StrictInt | None = None
+    stop: Text | list[Text] | None = None
+    n: StrictInt | None = Field(1, ge=1)
 
     def stops(self) -> tuple[str, ...]:
         """Refusal 400 for empty ones, which would end every answer at once."""
@@ -84,5 +96,5 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    url: str
-    name: str | None = None
+    url: Text
+    name: Text | None = None

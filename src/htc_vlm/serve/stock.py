@@ -11,7 +11,7 @@ from typing import Any
 
 from htc_vlm.model import prefix_cache
 from htc_vlm.model.compressed import CompressedImages
-from htc_vlm.serve.chat import Writer
+from htc_vlm.serve.chat import NOTHING_ASKED, Writer
 from htc_vlm.serve.engine import Engine, images_of
 from htc_vlm.serve.errors import Refusal
 from htc_vlm.serve.rows import Prompt, Row
@@ -51,6 +51,8 @@ class StockWriter(Writer):
             raise Refusal(400, what, "too_many_images")
         checked = [self._checked(message) for message in messages]
         before, after = self._around(checked)
+        if not before and not after:
+            raise Refusal(400, NOTHING_ASKED, "invalid_request")
         if images is None:
             return Prompt((*before, *after), None, (), 0, len(before) + len(after), len(before) + len(after))
         assert images.prompt is not None

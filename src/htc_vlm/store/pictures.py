@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
-from htc_vlm.files import PICTURES
+from htc_vlm.files import PICTURES, picture_files
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
 
@@ -61,9 +61,9 @@ class Found:
 def find(pictures: Picture | Iterable[Picture]) -> Iterator[Found]:
     """Every picture once it is needed, read whole; what cannot be read comes with its error.
 
-    A folder stands for the picture files in it and below, by their endings, sorted; a pattern (`*`, `?`, `[`) for the files
-    that match. A file that is named is taken whatever its ending. ValueError for one folder or pattern without pictures;
-    among others, it comes as an error.
+    A folder stands for the picture files in it and below, by their endings, sorted, without hidden ones (`.thumbnails/`,
+    `._IMG_1.jpg`); a pattern (`*`, `?`, `[`) for the files that match. A file that is named is taken whatever its ending.
+    ValueError for one folder or pattern without pictures; among others, it comes as an error.
     """
     if isinstance(pictures, str | os.PathLike):
         yield from map(_read, paths_of(pictures))
@@ -92,7 +92,7 @@ def paths_of(given: str | os.PathLike[str]) -> list[Path]:
     """
     path = Path(given)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+        found = [file for file in picture_files([path])[0] if file.is_file()]
         if not found:
             raise ValueError(f"{path}: no pictures in this folder (looked for {', '.join(sorted(PICTURES))})")
         return found

@@ -77,6 +77,7 @@ def look(
     label: str, model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor, pictures: Sequence[Image.Image]
 ) -> Look:
     """The maps of a model over pictures."""
+    check_llava(model, "a map of what the bottleneck looked at")
     pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     return Look(label, bottleneck_maps(model, pixels))
 
