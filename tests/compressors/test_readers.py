@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from htc_vlm.compressors import build
 from htc_vlm.data.collate import Collator, Sample
@@ -171,22 +173,25 @@ def test_the_loss_reaches_the_embedding_the_second_look_and_the_patches() -> Non
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_activation_checkpointing_gives_equal_loss_and_gradients(reentrant: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "wrapped", pytest.param("reentrant", marks=pytest.mark.slow)])
+def test_activation_checkpointing_gives_equal_loss_and_gradients(how: str) -> None:
     """transformers takes the cache from checkpointed layers: the text would not see the image. Written twice, in the backward
     pass too, entries would double; with reentry no gradient would reach the picture."""
     found, runs = [], []
     for checkpointing in (False, True):
         model = tinies.build(readers())
         model.train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+        if checkpointing and how == "wrapped":  # as FSDP does
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+        elif checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
         inputs = batch([[*image_ids(model), 5, 6, 7], [*image_ids(model), 8]])
         labels = inputs["input_ids"].masked_fill(~tinies.is_text(inputs), -100)
         loss = model(**inputs, pixel_values=pixels(2), labels=labels).loss
         loss.backward()
-        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append((loss.detach(), {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}))
     (loss, grads), (loss_again, grads_again) = found
     assert len(runs) == 3 * 4, "patches, two looks and text: once, and twice where activations are computed again"
     assert loss.equal(loss_again) and grads.keys() == grads_again.keys()

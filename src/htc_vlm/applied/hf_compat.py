@@ -162,21 +162,29 @@ def checkpointing_over(
 ) -> Iterator[None]:
     """Inside the block checkpointed layers keep their cache, which transformers else takes from them: one that counts the last
     writing only can be written again in the backward pass. Without reentry, so that gradients reach what was written."""
-    layers = [layer for layer in decoder.layers if getattr(layer, "gradient_checkpointing", False) and decoder.training]
-    former = [layer._gradient_checkpointing_func for layer in layers]
-    if layers:
+    former = [(layer, name, vars(layer)[name]) for layer, name in checkpointed_layers(decoder)]
+    if former:
         cache.layers = [Rewritable(layer) for layer in cache.layers]
-    for layer, checkpoint in zip(layers, former, strict=True):
+    for layer, name, checkpoint in former:
         layer._can_checkpoint_with_cache = True
-        layer._gradient_checkpointing_func = functools.partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputed_in())
-        )
+        again = functools.partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputed_in()))
+        setattr(layer, name, again)
     try:
         yield
     finally:
-        for layer, checkpoint in zip(layers, former, strict=True):
+        for layer, name, checkpoint in former:
             del layer._can_checkpoint_with_cache
-            layer._gradient_checkpointing_func = checkpoint
+            setattr(layer, name, checkpoint)
+
+
+def checkpointed_layers(decoder: Any) -> Iterator[tuple[Any, str]]:
+    """Each layer whose activations are computed again, and the name of its checkpoint function: transformers' own, or torch's
+    wrapper around it, which FSDP puts there."""
+    for part in decoder.layers.modules():
+        if "checkpoint_fn" in vars(part):
+            yield part, "checkpoint_fn"
+        elif decoder.training and vars(part).get("gradient_checkpointing"):
+            yield part, "_gradient_checkpointing_func"
 
 
 class Rewritable(DynamicLayer):
