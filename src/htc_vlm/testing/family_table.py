@@ -97,7 +97,8 @@ makes its anchors from the whole picture: the overview tile, or in Qwen-VL the p
 equal positions on all axes, and one rotation moves it. What Qwen3-VL adds to its visual tokens behind its first layers is added
 in the compress pass too; anchors get none of it. The fast prefill runs on Llama, Mistral, Qwen2, Qwen3 and Qwen-VL decoders
 where `visual_attention` is `self`; decoders whose keys no rotation moves are refused at load, by name. Refused, too: videos,
-maps of where the bottleneck looked and `channels: discrete`.
+maps of where the bottleneck looked and `channels: discrete`. Beams, a static cache, bfloat16 and activation checkpointing are
+tested on each family.
 """
 
 
