@@ -172,6 +172,7 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         "bad.jsonl, line 2: is no JSON": [*base, "--questions", str(tmp_path / "bad.jsonl")],
         "--batch-size is 0": [*base, *asked, "--batch-size", "0"],
         "no pictures there": ["batch", str(tmp_path / "empty"), *base[2:], *asked],
+        "nowhere: no such file or folder": ["batch", str(tmp_path / "nowhere"), *base[2:], *asked],
         "has no bottleneck": [*base[:-1], str(tiny.checkpoint(tiny.NONE)), *asked],
     }
     for message, words in cases.items():

@@ -57,6 +57,34 @@ def test_pictures_of_any_family_are_kept_and_asked(folder: Path, capsys: pytest.
     assert code == 2 and "about a bottleneck" in err
 
 
+def test_a_picture_that_the_method_cannot_take_holds_no_other_up(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One small icon among photos ended `store add`, `compress` and `ask`, and a batch could never go on behind it."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, size in {"a": (64, 64), "b": (17, 16), "c": (60, 64)}.items():  # 88, 36 and 88 tokens
+        Image.new("RGB", size, "red").save(photos / f"{name}.png")
+    kept = ("--model", folder, "--method", "divprune", "--budget", "45")
+    told = f"{photos / 'b.png'}: divprune: a budget is 1 to 36 tokens"
+    (tmp_path / "q.txt").write_text(QUESTION)
+    for words in (
+        ("compress", photos, "--output", tmp_path / "file", *kept),
+        ("store", "add", tmp_path / "store", photos, *kept),
+        ("batch", photos, "--store", tmp_path / "other", "--questions", tmp_path / "q.txt", "--output", tmp_path / "out",
+         "--workers", "0", "--max-new-tokens", "1", *kept),
+        ("ask", *sorted(photos.iterdir()), QUESTION, "--max-new-tokens", "1", *kept),
+    ):  # fmt: skip
+        code, _, err = run(capsys, *words)
+        assert code == 1 and told in err, (words, err)
+    assert len(CompressedImages.load(tmp_path / "file")) == 2
+    for name in ("store", "other"):
+        with ImageStore.open(tmp_path / name) as store:
+            assert len(store) == 2
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == [True, False, True]
+
+
 def test_maps_of_another_family_are_refused_by_name(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Before its configuration or pictures were read as a LLaVA's."""
     for words in (

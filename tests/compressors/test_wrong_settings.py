@@ -83,3 +83,25 @@ def test_a_budget_goes_with_settings_that_it_does_not_set() -> None:
     model, _ = tiny_model("llava")
     with htc_vlm.apply(model, "tome", budget=8, place="after_tower", metric="features") as applied:
         assert applied.method.to_dict()["n_keep"] == 8
+
+
+def test_a_budget_of_tokens_is_that_of_the_picture() -> None:
+    """Where pictures differ in size, 576 tokens were taken for the most: 640 of LLaVA-NeXT's 2,880 were refused."""
+    model, _ = tiny_model("llava_next")
+    for name in ("divprune", "random_drop", "fastv"):
+        with htc_vlm.apply(model, name, budget=640) as applied:
+            assert applied.method.schedule(2880, 4)[-1] == 640 or name == "fastv"
+
+
+@pytest.mark.parametrize("compressor", ["voco", {"n_bottleneck": 2}, 7, {"name": 3}])
+def test_a_compressor_is_a_mapping_with_a_name(compressor: Any) -> None:
+    """`compressor="voco"` was "dictionary update sequence element #0 has length 1"."""
+    with pytest.raises(ValueError, match="compressor is .*; give a mapping with its name"):
+        htc_vlm.load("tiny-upper", compressor=compressor)
+
+
+def test_compressed_images_are_no_list() -> None:
+    """A list of them was an AttributeError."""
+    model, _ = tiny_model("llava")
+    with pytest.raises(ValueError, match=r"compressed is a list; give what compress returned \(CompressedImages.concat"):
+        htc_vlm.generate(model, None, compressed=[1], text=["what ?"])  # type: ignore[arg-type]

@@ -67,6 +67,23 @@ def test_a_missing_preset_names_those_that_ship() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data=3", "tiny.yaml: data is 3; give a list"),
+        ("stages=[1]", r"tiny.yaml: stages is \[1\]; give a mapping"),
+        ("text=3", "tiny.yaml: text is 3; give a mapping"),
+        ("words=[]", r"tiny.yaml: words is \[\]; give a mapping"),
+        ("stages.compress.compressor=voco", "stages.compress.compressor is 'voco'; give a mapping"),
+        ("stages.compress.compressor={n_readers: 2}", "compressor is .*; give it a name"),
+    ],
+)
+def test_a_block_of_another_kind_is_refused_by_name(change: str, message: str) -> None:
+    """They were a TypeError or an AttributeError of Python."""
+    with pytest.raises(ValueError, match=message):
+        presets.read(presets.find("tiny"), [change])
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"stps": 3}, "unknown stage setting 'stps'; known: .*steps"),

@@ -48,7 +48,8 @@ class Applied:
         self.n_patches = family.n_patches  # P, by the configuration; None where pictures differ
         self.n_layers = family.n_layers
         self._build = functools.cache(lambda n: build_for(name, settings, budget, n, family.n_layers))
-        self.n_nominal = self.n_patches or (ANY_NUMBER if budget is None else PUBLISHED_PATCHES)
+        least = budget if isinstance(budget, int) else 0  # LLaVA-NeXT's 2,880 tokens have budgets above LLaVA-1.5's 576
+        self.n_nominal = self.n_patches or (ANY_NUMBER if budget is None else max(PUBLISHED_PATCHES, least))
         self.method = self._build(self.n_nominal)
         check(family, self.method, self.n_nominal)
         options: dict[str, Any] = {

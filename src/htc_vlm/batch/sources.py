@@ -7,6 +7,7 @@ Differs: an uncompressed tar is read at offsets, so that several workers and a r
 from __future__ import annotations
 
 import functools
+import glob
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def refs_of(source: str) -> list[Ref]:
     path a line, relative to the list; a picture.
     """
     path = Path(source)
+    if not path.exists() and not glob.has_magic(source):
+        raise FileNotFoundError(f"{source}: no such file or folder; check the path")
     refs = list(_refs_in(path)) if path.is_dir() else [ref for one in paths_of(source) for ref in _refs_of_file(one)]
     if not refs:
         raise ValueError(f"{source}: no pictures there (looked for {', '.join(sorted(PICTURES))}, .tar and .parquet)")

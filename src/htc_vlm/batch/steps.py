@@ -191,7 +191,12 @@ class CompressAndAsk:
         for id, i in first.items():
             picture, broken[id] = _picture(batch["content"][i], str(batch["path"][i]))
             if picture is not None:
-                self.store.put([id], self.store.compress([picture]))
+                try:
+                    images = self.store.compress([picture])
+                except ValueError as error:  # too thin for the processor, fewer tokens than the budget, ...
+                    broken[id] = f"{batch['path'][i]}: {' '.join(str(error).split())}"
+                else:
+                    self.store.put([id], images)
         return broken
 
     def _name(self, named: list[tuple[str, str]]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,8 +208,8 @@ def answer(
                 names = [f"{options.load.name}[{begin + i}]" for i in range(len(encoded))]
                 yield from rows_of(answerer, encoded, names, request.questions, options)
             return
-        for paths, pictures in load_batches(request.pictures, options.batch_size, refuse, **pixel_limit(options)):
-            encoded = answerer.encode(pictures)
+        loaded = load_batches(request.pictures, options.batch_size, refuse, **pixel_limit(options))
+        for paths, pictures, encoded in _encoded(answerer, loaded, refuse):
             if options.save is not None:
                 kept.append(encoded.to("cpu"))
             if options.heatmap is not None:
@@ -226,6 +226,21 @@ def answer(
 
         names, pictures = [name for name, _ in shown], [picture for _, picture in shown]
         attention_map.draw(asked.model, asked.processor, pictures, names, options.heatmap)
+
+
+def _encoded(
+    answerer: Any, batches: Iterable[tuple[list[Path], list[Any]]], refuse: Callable[[Path, str], None]
+) -> Iterator[tuple[list[Path], list[Any], Any]]:
+    """(paths, pictures, what is kept of them). One that the processor or the method cannot take (too thin, fewer tokens than
+    the budget) is refused alone."""
+    for paths, pictures in batches:
+        try:
+            yield paths, pictures, answerer.encode(pictures)
+        except ValueError as error:
+            if len(paths) == 1:
+                refuse(paths[0], f"{paths[0]}: {' '.join(str(error).split())}")
+            else:
+                yield from _encoded(answerer, [([path], [one]) for path, one in zip(paths, pictures, strict=True)], refuse)
 
 
 def rows_of(

@@ -95,7 +95,7 @@ def run(argv: list[str]) -> int:
     from htc_vlm import load
     from htc_vlm.data.images import load_batches
     from htc_vlm.model.loading import to_device
-    from htc_vlm.store.encoding import encoder_of
+    from htc_vlm.store.encoding import encode_each, encoder_of
 
     model, processor = load(options.model)
     tell_toy("compress", options.model)
@@ -110,10 +110,10 @@ def run(argv: list[str]) -> int:
     try:
         with tqdm(total=len(files), desc="compress", unit="picture", disable=None) as bar:
             for paths, pictures in load_batches(files, options.batch_size, leave_out, **pixel_limit(options)):
-                names = [str(path) for path in paths]
-                for images in encoder.encode(pictures, maps=False):
-                    album.add(images, names[: len(images)])
-                    names = names[len(images) :]
+                for numbers, images in encode_each(
+                    encoder, pictures, False, lambda i, why, paths=paths: leave_out(paths[i], f"{paths[i]}: {why}")
+                ):
+                    album.add(images, [str(paths[i]) for i in numbers])
                 bar.update(len(album.names) + len(refused) - bar.n)
         if not album.parts:
             raise ValueError("no picture could be read, so there is nothing to write")

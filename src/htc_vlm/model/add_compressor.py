@@ -73,6 +73,8 @@ def with_compressor(
     the checkpoint already holds one of the same shape. vision: a CLIP folder, for original checkpoints without their
     vision tower. Raises ValueError for weights that do not fit.
     """
+    if not isinstance(compressor, Mapping) or not isinstance(compressor.get("name"), str):
+        raise ValueError(f"compressor is {compressor!r}; give a mapping with its name, e.g. {{'name': 'voco'}}")
     kind = family_type(path)
     if kind is not None:
         from htc_vlm.model.add_to_family import with_bottleneck

@@ -245,6 +245,14 @@ class CompressedImages:
         return images.to(device)
 
 
+def check_images(compressed: Any) -> None:
+    """ValueError for another thing than CompressedImages, a list of them say."""
+    if not isinstance(compressed, CompressedImages):
+        raise ValueError(
+            f"compressed is a {type(compressed).__name__}; give what compress returned (CompressedImages.concat joins several)"
+        )
+
+
 def checksum(key: bytes, kv: bytes, seen: bytes, n_visual: int) -> bytes:
     """16 bytes of SHA-256 over what is stored of one image, and what it belongs to."""
     made = hashlib.sha256(f"{len(key)} {len(kv)} {len(seen)} {n_visual} ".encode())

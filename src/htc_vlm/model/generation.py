@@ -18,7 +18,7 @@ from transformers import Cache, GenerationMixin
 from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import Compressor
 from htc_vlm.model import adapter, compressing
-from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.compressed import CompressedImages, check_images
 from htc_vlm.model.compressing import Group
 from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
 from htc_vlm.model.image_slots import Placed, place
@@ -229,6 +229,7 @@ class GeneratesOverKv(GenerationMixin):
     ) -> dict[str, Any]:
         """Prompts and compressed images -> what a forward pass or generate needs to run the text over the kv."""
         self._need_bottleneck()
+        check_images(compressed)
         compressed.check_made_by(self.recipe().digest)
         compressor, decoder = self._compressor, self.get_decoder()
         mark = compressing.bottleneck_id(self.config, compressor)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -22,7 +22,7 @@ from htc_vlm.applied import hf_compat
 from htc_vlm.applied.apply import apply
 from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model.answering import Answerer
-from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.compressed import CompressedImages, check_images
 from htc_vlm.model.recipe import recipe_of
 
 OWN = "its own"  # the method of a model with a compressor
@@ -51,7 +51,7 @@ def compress(
     ValueError for methods that need the question, and for pictures that give different numbers of entries.
     """
     if isinstance(images, str | bytes) or not isinstance(images, Iterable):
-        what = "a picture" if isinstance(images, Image) else f"{type(images).__name__} {images!r:.60}"
+        what = "a picture" if isinstance(images, Image.Image) else f"{type(images).__name__} {images!r:.60}"
         raise ValueError(f"images is {what}; give a list of pictures, e.g. [Image.open('cat.png')]")
     images = list(images)
     if not images:
@@ -63,7 +63,7 @@ def compress(
     asked = split(processor, "?" if prompt is None else prompt)
     inputs = [read(model, processor, asked, image) for image in images]
     made, context = method_of(model, method, settings)
-    prefix = {"method": made, "prefix": asked.before, "after": marks_after(processor, asked, inputs[0])}
+    prefix = _prompt(processor, asked, inputs[0], made)
     recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": prefix})
     with context() as applied:
         if applied is not None:
@@ -76,6 +76,19 @@ def compress(
             "the number of tokens with the method's own setting (n_keep=...)"
         )
     return CompressedImages(torch.cat([kv for kv, _ in kept]), recipe.digest, [n for _, n in kept], prompt=prefix)
+
+
+def prompt_of(model: Any, processor: Any, method: str, **settings: Any) -> dict[str, Any]:
+    """`CompressedImages.prompt` of all that `compress` makes so, without making any. ValueError where it cannot."""
+    asked = split(processor, "?")
+    inputs = read(model, processor, asked, Image.new("RGB", (64, 64), "gray"))
+    made, context = method_of(model, method, settings)
+    with context():  # a method that does not act on this model is refused
+        return _prompt(processor, asked, inputs, made)
+
+
+def _prompt(processor: Any, asked: Asked, inputs: dict[str, Tensor], method: dict[str, Any]) -> dict[str, Any]:
+    return {"method": method, "prefix": asked.before, "after": marks_after(processor, asked, inputs)}
 
 
 @torch.no_grad()
@@ -96,6 +109,7 @@ def generate(
     with return_dict_in_generate=True its output is returned, with the new tokens as `sequences`. Greedy by default.
     ValueError for images of another model, processor or method, another beginning, or a second image.
     """
+    check_images(compressed)
     text = [text] if isinstance(text, str) else list(text)
     if not text:
         raise ValueError("no question given; text=[...] takes one or more")

@@ -6,7 +6,7 @@ Differs: ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -45,11 +45,11 @@ class StockMethod:
         self._model, self._processor = model, processor
         self._name = str(method["name"])
         self._settings = {key: value for key, value in method.items() if key != "name"}
-        self._prompt = self._compress(Image.new("RGB", (64, 64), "gray")).prompt  # the same for every picture
+        self._prompt = prefix_cache.prompt_of(model, processor, self._name, **self._settings)  # the same for every picture
 
     def recipe(self) -> Recipe:
         image_processor = getattr(self._processor, "image_processor", None)
-        return recipe_of(self._model, image_processor, extra={"prompt": dict(self._prompt or {})})
+        return recipe_of(self._model, image_processor, extra={"prompt": self._prompt})
 
     def encode(self, pictures: Sequence[Image.Image], maps: bool) -> list[CompressedImages]:
         """One CompressedImages a picture, since pictures of other sizes may have other counts of entries. There are no maps."""
@@ -73,7 +73,32 @@ def encoder_of(
     method = stored if method is None else method
     if method is None and not prefix_cache.has_own_method(model):
         raise ValueError(NO_METHOD)
+    if isinstance(method, Mapping) and not isinstance(method.get("name"), str):
+        raise ValueError(f"method is {dict(method)}; give its name, e.g. {{'name': 'divprune', 'n_keep': 64}}")
     return StockMethod(model, processor, {"name": method or "none"} if not isinstance(method, Mapping) else method)
+
+
+def encode_each(
+    encoder: OwnBottleneck | StockMethod, pictures: Sequence[Image.Image], maps: bool, refuse: Callable[[int, str], None]
+) -> Iterator[tuple[list[int], CompressedImages]]:
+    """(numbers of pictures, their images), in order. refuse(number, reason): for a picture that the processor or the method
+    cannot take (too thin, fewer tokens than the budget), which holds the others up no longer."""
+    numbers = list(range(len(pictures)))
+    if not numbers:
+        return
+    try:
+        parts = encoder.encode(pictures, maps)
+    except ValueError as error:
+        if len(pictures) == 1:
+            refuse(0, str(error))
+            return
+        for number in numbers:
+            for _, images in encode_each(encoder, [pictures[number]], maps, lambda _, told, at=number: refuse(at, told)):
+                yield [number], images
+        return
+    for part in parts:
+        yield numbers[: len(part)], part
+        numbers = numbers[len(part) :]
 
 
 def method_in(recipe: Recipe) -> Mapping[str, Any] | None:

@@ -23,10 +23,10 @@ from htc_vlm.data.images import ImageError
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.packing import DTYPES, LEAST_CALIBRATION, Levels, Packed, Shape, row_bytes
 from htc_vlm.store.about import About
-from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encoder_of, heads_of, method_in
+from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encode_each, encoder_of, heads_of, method_in
 from htc_vlm.store.entries import Added, StoredImage
 from htc_vlm.store.listing import listed
-from htc_vlm.store.pictures import Found, Picture, find
+from htc_vlm.store.pictures import Found, Picture, find, in_batches
 from htc_vlm.store.rows import Row, UnknownImageError, is_id, key_of
 from htc_vlm.store.shards import Shards
 
@@ -123,7 +123,7 @@ class ImageStore:
         if self.about.dtype == "int2" and self.about.levels is None:
             given = self._calibrate(given)
         with tqdm(disable=not progress, unit=" pictures", smoothing=0.05) as bar:
-            for batch in _in_batches(given, batch_size):
+            for batch in in_batches(given, batch_size):
                 self._add_batch(batch, out, refuse)
                 bar.update(len(batch))
                 bar.set_postfix(new=out.n_new, refused=len(out.refused))
@@ -153,13 +153,26 @@ class ImageStore:
                     refuse(found, number, str(error))
             elif id in broken:
                 refuse(found, number, f"{found.name or 'picture'}: the same bytes as a picture that cannot be read")
-        kept = [(ids[number], found) for number, found in readable if ids[number] not in broken]
-        rows: builtins.list[Row] = []
-        for part in self._compress(list(new.values())) if new else []:
-            rows += self._rows(list(new)[len(rows) : len(rows) + len(part)], part)
+        rows, unfit = self._encoded(new)
+        for number, found in readable:
+            if ids[number] in unfit:
+                refuse(found, number, f"{found.name or 'picture'}: {unfit[ids[number]]}")
+        kept = [(ids[number], found) for number, found in readable if ids[number] not in broken and ids[number] not in unfit]
         self._shards.write(rows, [(found.name, id) for id, found in kept if found.name is not None])
         out.n_new += len(rows)
         out.extend(id.hex() for id, _ in kept)
+
+    def _encoded(self, new: Mapping[bytes, Any]) -> tuple[builtins.list[Row], dict[bytes, str]]:
+        """Id -> picture as rows, and why others cannot be kept."""
+        rows: builtins.list[Row] = []
+        unfit: dict[bytes, str] = {}
+        ids = list(new)
+        assert self._encoder is not None
+        pictures = list(new.values())
+        for numbers, part in encode_each(self._encoder, pictures, self.maps, lambda i, why: unfit.update({ids[i]: why})):
+            part.check_made_by(self.about.recipe.digest)
+            rows += self._rows([ids[i] for i in numbers], self._as_stored(part))
+        return rows, unfit
 
     def compress(self, pictures: Sequence[Any]) -> CompressedImages:
         """Decoded pictures -> as this store packs them, without keeping them."""
@@ -218,7 +231,7 @@ class ImageStore:
         first = [one for one, _ in zip(given, range(CALIBRATE_ON), strict=False)]
         assert self._encoder is not None
         kv = []
-        for batch in _in_batches(iter(first), BATCH):
+        for batch in in_batches(iter(first), BATCH):
             pictures = []
             for _, found in batch:
                 if not found.error:
@@ -226,8 +239,7 @@ class ImageStore:
                         pictures.append(found.decoded())
                     except (ImageError, OSError, ValueError):
                         continue  # told when it is its turn
-            if pictures:
-                kv += [part.kv.float().cpu() for part in self._encoder.encode(pictures, False)]
+            kv += [part.kv.float().cpu() for _, part in encode_each(self._encoder, pictures, False, lambda i, why: None)]
         if len({one.shape[1:] for one in kv}) > 1:
             raise ValueError(f"{self.path}: int2 has levels for images of one size, and these have several; use int4 or int8")
         if not kv:
@@ -385,14 +397,3 @@ class ImageStore:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def _in_batches(given: Iterator[tuple[int, Found]], size: int) -> Iterator[list[tuple[int, Found]]]:
-    batch: list[tuple[int, Found]] = []
-    for one in given:
-        batch.append(one)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

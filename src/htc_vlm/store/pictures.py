@@ -84,6 +84,18 @@ def find(pictures: Picture | Iterable[Picture]) -> Iterator[Found]:
             raise ValueError(f"a picture is a path, bytes or a PIL image, got {type(picture).__name__}")
 
 
+def in_batches(given: Iterator[tuple[int, Found]], size: int) -> Iterator[list[tuple[int, Found]]]:
+    """Lists of `size`, the last one shorter."""
+    batch: list[tuple[int, Found]] = []
+    for one in given:
+        batch.append(one)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
 def paths_of(given: str | os.PathLike[str]) -> list[Path]:
     """The files that a path, a folder or a pattern stands for; a path of nothing as it is. ValueError for an empty folder.
 

@@ -15,11 +15,12 @@ import torch
 
 from htc_vlm.convert import gguf_llama
 from htc_vlm.data.prompts import find_style
-from htc_vlm.settings import check_keys, make, override, read_yaml
+from htc_vlm.settings import check_keys, make, override, read_yaml, typed
 from htc_vlm.tiny.align_patches import WordSettings
 from htc_vlm.train.loop import LoopSettings
 
 NEEDED = ("data", "stages")
+BLOCKS = {"data": list, "stages": dict, "vision": dict, "text": dict, "language_model": dict, "words": dict}
 KEYS = {"name", "base", "vision", "text", "language_model", "words", "data", "n_text", "stages", "prompt", "held_out"}
 STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text", "lora")  # of a stage's block, beside LoopSettings
 SPECIAL = {
@@ -64,9 +65,14 @@ def _check(path: Path, preset: dict[str, Any]) -> None:
     absent = sorted(key for key in NEEDED if not preset.get(key))
     if absent:
         raise ValueError(f"{path}: {absent[0]!r} is missing or empty; a preset has {', '.join(sorted(NEEDED))}")
+    for key, kind in BLOCKS.items():
+        typed(f"{path}: {key}", preset.get(key, kind()), kind)
     for name, block in preset["stages"].items():
         if not isinstance(block, dict):
             raise ValueError(f"{path}: stages.{name} is {block!r}; give it settings, at least `steps: 1000`")
+        method = typed(f"{path}: stages.{name}.compressor", block.get("compressor", {"name": "none"}), dict)
+        if not isinstance(method.get("name"), str):
+            raise ValueError(f"{path}: stages.{name}.compressor is {method}; give it a name, e.g. name: voco")
     for part in preset["data"]:
         if not isinstance(part, dict) or not part.get("task"):
             raise ValueError(f"{path}: data: {part} has no task")
@@ -104,9 +110,9 @@ def task_module(task: str) -> Any:
     try:
         module = importlib.import_module(f"htc_vlm.tiny.{task.replace('-', '_')}")
     except ModuleNotFoundError as error:
-        raise ValueError(f"no data set {task!r}: there is no htc_vlm/data/{task.replace('-', '_')}.py") from error
+        raise ValueError(f"no data set {task!r}: there is no htc_vlm/tiny/{task.replace('-', '_')}.py") from error
     if not hasattr(module, "sample_questions"):
-        raise ValueError(f"htc_vlm/data/{task.replace('-', '_')}.py is no data set: it has no sample_questions")
+        raise ValueError(f"no data set {task!r}: htc_vlm/tiny/{task.replace('-', '_')}.py has no sample_questions")
     return module
 
 
