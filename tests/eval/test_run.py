@@ -221,6 +221,9 @@ def test_fewer_questions_do_not_replace_the_result_of_more(colours: Colours, tmp
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match="limit is 0"):
         run_task(FakeAnswerer(), colours, tmp_path, limit=0)
+    for batch_size in (0, -1):  # -1 asked nothing, 0 was Python's "range() arg 3"
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size}; give at least 1"):
+            run_task(FakeAnswerer(), colours, tmp_path / "other", batch_size=batch_size)
 
 
 def test_torchrun_is_refused_by_name(colours: Colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

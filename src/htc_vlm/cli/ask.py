@@ -160,6 +160,8 @@ class Asked:
         if is_stock(self.model) or (is_cached and not has_bottleneck):
             self.method, self.is_prefix = None, True
             method = stock_method(options.method, options.budget)
+            if options.save is not None and method is not None:
+                prefix_cache.check_method(method)
             self.answerer: Any = StockAnswerer(self.model, self.processor, method, one_file=options.save is not None)
         else:
             self.method, self.is_prefix = method_of(options.method, options.budget, self.model), False
@@ -212,6 +214,7 @@ def answer(
         for paths, pictures, encoded in _encoded(answerer, loaded, refuse):
             if options.save is not None:
                 kept.append(encoded.to("cpu"))
+                CompressedImages.concat([kept[0], kept[-1]])  # ValueError for another count, before more is asked
             if options.heatmap is not None:
                 shown += [(path.name, picture) for path, picture in zip(paths, pictures, strict=True)]
             for i, row in enumerate(rows_of(answerer, encoded, [str(path) for path in paths], request.questions, options)):
@@ -219,9 +222,9 @@ def answer(
                     question = (request.questions or ["what is this ?"])[0]
                     row["cost"] = measure(answerer, pictures[i], question, options.max_new_tokens)
                 yield row
-    if options.save is not None:
+    if options.save is not None and kept:
         CompressedImages.concat(kept).save(options.save)
-    if options.heatmap is not None:
+    if options.heatmap is not None and shown:
         from htc_vlm.viz import attention_map
 
         names, pictures = [name for name, _ in shown], [picture for _, picture in shown]

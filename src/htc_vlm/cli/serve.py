@@ -102,5 +102,5 @@ def make_app(options: argparse.Namespace, token: str | None) -> Any:
     to_device(model, options.device)
     maps = own_bottleneck(model) and model.HAS_MAPS and not options.no_maps
     store = ImageStore.open(options.store, model, processor, dtype=options.dtype, method=method, maps=maps)
-    name = options.name or Path(options.model).name
+    name = options.name or Path(os.path.abspath(options.model)).name
     return make_app(model, processor, store, name, limits, token, only_local=options.host in LOOPBACK)

@@ -174,6 +174,8 @@ def run_task(
     check_single_process()
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give at least 1, or leave it out for all questions")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
     task, split, items, folder = _open_task(task, output, root, split, items)
     settings = {"task": task.name, "split": split, "protocol": asdict(task), "model": dict(config or {})}  # type: ignore[call-overload]
     chosen = items if limit is None else items[:limit]
