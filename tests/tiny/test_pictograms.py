@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from htc_vlm.tiny import blind, pictograms
-from htc_vlm.tiny.pictograms import Concept, Scene, Thing
+from htc_vlm.tiny import blind, pictograms, scenes
 from htc_vlm.tiny.questions import Question, words
+from htc_vlm.tiny.scenes import Concept, Scene, Thing
 
 EVALUATED = ("val", "test", "test-unseen")
 STILL = (0, 0, 0, 0.0)
@@ -81,7 +81,7 @@ def answered_by_hand(scene: Scene, text: str) -> str:
 def test_every_drawing_is_there_for_all_three_vendors() -> None:
     """Prevents a concept without a picture, which a model could not learn."""
     for vendor in ("noto", "twemoji", "fluent"):
-        drawings = pictograms._drawings(vendor)
+        drawings = scenes.drawings(vendor)
         assert set(drawings) == {concept.label for concept in pictograms.concepts()}
         for label, drawing in drawings.items():
             n_drawn = int((np.asarray(drawing)[..., 3] > 128).sum())
@@ -90,7 +90,7 @@ def test_every_drawing_is_there_for_all_three_vendors() -> None:
 
 def test_licences_stand_beside_the_drawings_and_everything_is_small() -> None:
     """Prevents shipping drawings without the notices that their licences ask for."""
-    files = {path.name: path for path in pictograms.ATLAS.iterdir()}
+    files = {path.name: path for path in scenes.ATLAS.iterdir()}
     assert {"NOTICE.md", "LICENSE.apache", "LICENSE.mit", "LICENSE.ofl"} <= set(files)
     notice = files["NOTICE.md"].read_text("utf-8")
     assert all(name in notice for name in ("noto.png", "twemoji.png", "fluent.png", "CLDR", "licenses/by/4.0"))

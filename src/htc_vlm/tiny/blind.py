@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
-from htc_vlm.tiny.pictograms import Scene, scene
+from htc_vlm.tiny.pictograms import scene
 from htc_vlm.tiny.questions import Question
+from htc_vlm.tiny.scenes import Scene
 
 
 # ------------------------------------------------------------------------------------------------ blind baselines

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from htc_vlm.files import write_json
-from htc_vlm.tiny import pictograms
+from htc_vlm.tiny import scenes
 from htc_vlm.tiny.features import load_picture
 from htc_vlm.tiny.tower import EfficientNetLiteModel
 
@@ -150,7 +150,7 @@ def webps(resources: bytes) -> Iterator[bytes]:
 def drawing(thing: Thing) -> Image.Image:
     """The thing's picture, RGBA."""
     if thing.file.startswith("pictogram:"):
-        return pictograms.drawing(thing.file.removeprefix("pictogram:"), thing.name)
+        return scenes.drawing(thing.file.removeprefix("pictogram:"), thing.name)
     whole = picture(thing.file)
     left, upper, right, lower = thing.box
     x, y = whole.width, whole.height
