@@ -33,7 +33,7 @@ from htc_vlm.applied import cost_table
 from htc_vlm.compressors import COMPRESSORS, Compressor
 from htc_vlm.eval.run_info import provenance
 from htc_vlm.model import HtcVlmConfig, HtcVlmForConditionalGeneration
-from htc_vlm.model.add_compressor import BASES, LLAVA_7B
+from htc_vlm.model.add_compressor import LLAVA_7B, base_config
 from htc_vlm.model.modeling import sizes_of
 from htc_vlm.ops import cost
 
@@ -70,13 +70,7 @@ def cpu_shape() -> Shape:
 
 def shape_7b() -> Shape:
     """LLaVA-1.5-7B's."""
-    base = BASES[LLAVA_7B]
-    ids = {name: base[name] for name in ("image_token_index", "pad_token_id", "bottleneck_token_id")}
-    text = LlamaConfig(**base["text"], pad_token_id=base["pad_token_id"], bos_token_id=1, eos_token_id=2)
-    config = HtcVlmConfig(
-        vision_config=CLIPVisionConfig(**base["vision"]), text_config=text, tie_word_embeddings=False, **ids
-    )
-    return Shape(config, torch.bfloat16)
+    return Shape(base_config(LLAVA_7B, {"name": "none"}), torch.bfloat16)
 
 
 SHAPES = {"cpu": cpu_shape, "7b": shape_7b}

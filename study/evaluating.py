@@ -145,13 +145,10 @@ class SharedAnswerer(Answerer):
         inputs = (self.inputs_of(group.tolist()) for group in groups)
         return CompressedImages.concat([self.model.compress(**one, n_entries=self.n_entries) for one in inputs])
 
-    def answer_batch(self, asks: Sequence[AskLike], max_new_tokens: int) -> list[list[str]]:
+    def encode_asked(self, asks: Sequence[AskLike]) -> CompressedImages | Tensor:
         """As Answerer's, without loading a picture."""
         numbers = [self.number[ask.image_key] for ask in asks]
-        encoded = self.inputs_of(numbers)["patch_features"] if self.cells is None else self.cells[numbers]
-        which = [i for i, ask in enumerate(asks) for _ in ask.questions]
-        texts = iter(self.ask(encoded, which, [q for ask in asks for q in ask.questions], max_new_tokens))
-        return [[next(texts) for _ in ask.questions] for ask in asks]
+        return self.inputs_of(numbers)["patch_features"] if self.cells is None else self.cells[numbers]
 
 
 # ------------------------------------------------------------------------------------------------ answers and schedule

@@ -43,6 +43,7 @@ class Import:
     late: bool = False
 
 
+@cache
 def imports(source: str, package: tuple[str, ...]) -> list[Import]:
     """Every import of the source: statements, import_module and __import__, also inside functions."""
     tree = ast.parse(source)

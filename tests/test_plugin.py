@@ -15,7 +15,7 @@ import torch
 import htc_vlm
 import htc_vlm_cli
 from htc_vlm import compressors
-from htc_vlm.testing import check_compressor
+from htc_vlm.testing import check_compressor, checks_of
 
 from . import tinies
 
@@ -52,6 +52,15 @@ def test_without_the_package_the_name_is_unknown() -> None:
         compressors.build("every_nth")
 
 
+@pytest.mark.usefixtures("installed")
+def test_the_contract_finds_the_method_by_name() -> None:
+    """Its author need not import the class; tests/testing has a whole contract of a method that is not ours."""
+    checks = {str(check): check for check in checks_of("every_nth")}
+    assert len(checks) > 20
+    checks["every_nth: keeping everything equals none"]()
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_the_method_keeps_the_contract() -> None:
     """What its author runs, too: pytest examples/plugin."""

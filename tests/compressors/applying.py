@@ -9,7 +9,7 @@ import torch
 
 import htc_vlm
 
-N_NEW = 5
+N_NEW = 3  # of the prefill, over its cache, and over a cache that has grown
 INSIDE = {
     "fastv": {"n_keep": 5, "layer": 2},
     "pyramid_drop": {"stages": (1, 3, 5), "ratio": 0.5},

@@ -10,10 +10,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import htc_vlm
-from htc_vlm import compressors
-from htc_vlm.compressors import COMPRESSORS, AppliedOnly
 
-from .applying import ALL, INSIDE, N_NEW, answer, applied, both, close, every, inside
+from .applying import INSIDE, N_NEW, answer, applied, both, close, every, inside
 
 KEEP_ALL = [
     ("none", {}),
@@ -27,12 +25,6 @@ KEEP_ALL = [
     ("divprune", {"n_keep": 16}),
     ("tome", {"merges": (0, 0, 0)}),
     ("tome", {"n_keep": 16, "place": "after_tower"}),
-]
-EXAMPLES = [  # of every method that only `apply` can run: a new one is tested as soon as it is registered
-    (name, example)
-    for name in compressors.names()
-    if issubclass(COMPRESSORS.get(name), AppliedOnly)
-    for example in COMPRESSORS.get(name).EXAMPLES
 ]
 
 
@@ -53,20 +45,16 @@ def test_cached_generation_is_uncached_recomputation(llavas: Any, prompts: Any, 
 
 
 @both
-@pytest.mark.parametrize(("name", "settings"), [*EXAMPLES, *((case.rstrip("+"), ALL[case]) for case in ALL)])
-def test_generation_without_a_cache_gives_the_same(
-    llavas: Any, prompts: Any, attention: str, name: str, settings: dict[str, Any]
-) -> None:
+@every
+def test_generation_without_a_cache_gives_the_same(llavas: Any, prompts: Any, attention: str, case: str) -> None:
     """Without a cache the prompt is read anew with each token: the answer's last token chose the patches, not the question."""
     model = llavas[attention]
-    with htc_vlm.apply(model, name, **settings) as run:
+    with applied(model, case) as run:
         cached = answer(model, prompts.batch)
         assert run.schedule == run.method.schedule(16, 6)
         anew = answer(model, prompts.batch, use_cache=False)
-        alone = answer(model, prompts.one(1))
     assert torch.equal(cached.sequences, anew.sequences)
     close(torch.stack(cached.logits), torch.stack(anew.logits))
-    close(torch.stack(cached.logits)[:, 1], torch.stack(alone.logits)[:, 0])
 
 
 @both

@@ -13,8 +13,8 @@ SMALL = LlamaConfig(
     hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=101,
 )  # fmt: skip
-VICUNA_7B = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+VICUNA_7B = LlamaConfig(  # its widths, and four of its equal layers: each layer is counted
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
     vocab_size=32064,
 )  # fmt: skip
 SIZES = pytest.mark.parametrize("config", [SMALL, VICUNA_7B], ids=["small", "7b"])

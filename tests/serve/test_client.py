@@ -9,11 +9,14 @@ import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
 import pytest
 
 from .conftest import QUESTION, Server, listening, scene
+
+if TYPE_CHECKING:
+    import openai
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -38,6 +41,8 @@ def test_the_lines_of_the_docs_run(
 
 def test_several_clients_stream_at_once(address: str, tmp_path: Path) -> None:
     """Each stream says what its picture's answer says in one piece; ids work, and unknown ones are NotFoundError."""
+    import openai  # takes two seconds, so not in every process that collects tests
+
     keys = [add(address, number) for number in range(4)]
 
     async def streamed(client: openai.AsyncOpenAI, key: str) -> str:

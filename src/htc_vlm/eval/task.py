@@ -197,6 +197,16 @@ def percent(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: 100.0 * share for name, share in shares.items()}
 
 
+def with_score(shares: Mapping[str, float]) -> dict[str, float]:
+    """{"overall": ..., kind: ...} as shares -> {"score": ..., kind: ...} in percent.
+
+    >>> with_score({"overall": 0.5, "count": 1.0})
+    {'score': 50.0, 'count': 100.0}
+    """
+    means = percent(shares)
+    return {"score": means.pop("overall")} | means
+
+
 def lettered_prompt(question: str, options: Mapping[str, str]) -> str:
     """LLaVA-1.5's multiple-choice prompt.
 

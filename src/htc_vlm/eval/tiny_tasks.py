@@ -12,7 +12,7 @@ from importlib import import_module
 from math import fsum
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
-from htc_vlm.eval.task import Item, Mark, percent
+from htc_vlm.eval.task import Item, Mark, percent, with_score
 from htc_vlm.tiny.blind import equals, majority_baseline, question_only_baseline
 from htc_vlm.tiny.questions import Question
 
@@ -35,16 +35,6 @@ def score_by_kind(items: Sequence[Item], answers: Mapping[str, str]) -> dict[str
     """{"score": overall, kind: ...} in percent, by exact match."""
     rows = [(item.reference.kind, plain_match(answers[item.id], item.reference.answer)) for item in items]
     return with_score(mean_by_kind(rows))
-
-
-def with_score(shares: Mapping[str, float]) -> dict[str, float]:
-    """{"overall": ..., kind: ...} as shares -> {"score": ..., kind: ...} in percent.
-
-    >>> with_score({"overall": 0.5, "count": 1.0})
-    {'score': 50.0, 'count': 100.0}
-    """
-    means = percent(shares)
-    return {"score": means.pop("overall")} | means
 
 
 def weighted(by_kind: Mapping[str, float], items: Sequence[Item]) -> dict[str, float]:

@@ -51,6 +51,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 __all__ = [
     "add_bottleneck_token",
+    "base_config",
     "is_original_layout",
     "llava_state_dict",
     "meta_model",
@@ -191,15 +192,19 @@ def meta_model(preset_or_compressor: Mapping[str, Any], stage: str = "compress")
     if name not in BASES:
         raise ValueError(f"the preset's `base` is {name!r}, whose sizes are not known here; known: {', '.join(BASES)}")
     compressor = preset["stages"][stage].get("compressor", {"name": "none"})
+    with torch.device("meta"):
+        return HtcVlmForConditionalGeneration(base_config(name, compressor)).eval()
+
+
+def base_config(name: str, compressor: Mapping[str, Any]) -> HtcVlmConfig:
+    """The configuration of a checkpoint in BASES, written down here, with a compressor."""
     base = BASES[name]
     ids = {key: base[key] for key in ("image_token_index", "pad_token_id", "bottleneck_token_id")}
     text = LlamaConfig(**base["text"], pad_token_id=base["pad_token_id"], bos_token_id=1, eos_token_id=2)
-    config = HtcVlmConfig(
+    return HtcVlmConfig(
         vision_config=CLIPVisionConfig(**base["vision"]), text_config=text, compressor=dict(compressor),
         tie_word_embeddings=False, **ids,
     )  # fmt: skip
-    with torch.device("meta"):
-        return HtcVlmForConditionalGeneration(config).eval()
 
 
 def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) -> int:

@@ -58,10 +58,14 @@ class Answerer:
 
     def answer_batch(self, asks: Sequence[AskLike], max_new_tokens: int) -> list[list[str]]:
         """Several pictures, each with its questions, in one batch."""
-        encoded = self.encode([ask.load_image() for ask in asks])
+        encoded = self.encode_asked(asks)
         which = [i for i, ask in enumerate(asks) for _ in ask.questions]
         texts = iter(self.ask(encoded, which, [q for ask in asks for q in ask.questions], max_new_tokens))
         return [[next(texts) for _ in ask.questions] for ask in asks]
+
+    def encode_asked(self, asks: Sequence[AskLike]) -> CompressedImages | Tensor:
+        """The pictures of a batch, encoded in its order; a subclass may have them already."""
+        return self.encode([ask.load_image() for ask in asks])
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Image.Image], maps: bool = False) -> CompressedImages | Tensor:

@@ -232,9 +232,7 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             )
         layout = self.layout(input_ids, attention_mask, question_ids)
         compressing.check_bottlenecks(layout, self.compressor)
-        n_entries = reading.budget(compressor, self.training)
-        if n_entries < compressor.n_bottleneck:
-            layout = reading.first_entries(layout, compressor.n_bottleneck, n_entries)
+        layout, n_entries = reading.of_budget(layout, compressor, self.training)
         embeds = self.get_input_embeddings()(input_ids)
         visual = torch.stack(list(images.pooler_output)).to(embeds.device, embeds.dtype)  # (images, C, D)
         self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=visual.flatten(0, 1))

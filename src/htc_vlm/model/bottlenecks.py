@@ -242,9 +242,7 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         kwargs: dict[str, Any],
     ) -> CausalLMOutputWithPast:
         method, decoder = self._compressor, self.get_decoder()
-        n_entries = reading.budget(method, self.training)
-        if n_entries < method.n_bottleneck:
-            layout = reading.first_entries(layout, method.n_bottleneck, n_entries)
+        layout, n_entries = reading.of_budget(layout, method, self.training)
         kv = compressing.compress_groups(decoder, method, groups, None, "auto", n_entries)
         is_sequential = method.positions == "sequential"
         places = compressing.in_order(groups)

@@ -151,6 +151,14 @@ def budget(compressor: Compressor, training: bool) -> int:
     return budgets[int(torch.randint(len(budgets), ()))] if training and len(budgets) > 1 else budgets[-1]
 
 
+def of_budget(layout: TokenLayout, compressor: Compressor, training: bool) -> tuple[TokenLayout, int]:
+    """How many entries an image gets in this pass (`budget`), and the layout with the bottleneck tokens of these alone."""
+    n_entries = budget(compressor, training)
+    if n_entries < compressor.n_bottleneck:
+        layout = first_entries(layout, compressor.n_bottleneck, n_entries)
+    return layout, n_entries
+
+
 def first_entries(layout: TokenLayout, n_bottleneck: int, n_entries: int) -> TokenLayout:
     """The layout where each image has only its first n_entries bottleneck tokens; the others become padding.
 

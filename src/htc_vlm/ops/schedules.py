@@ -84,10 +84,12 @@ def pyramid_drop_ratio(n_patches: int, n_layers: int, stages: Sequence[int], mea
     """
     _check_layers(stages, n_layers)
     best, best_error, least = None, float("inf"), float(n_patches)
+    last: list[int] = []
     for step in range(1, 10001):
         kept = pyramid_drop_keep(n_patches, len(stages), step / 10000)
-        if kept[-1] < 1:
+        if kept[-1] < 1 or kept == last:  # several steps give the same whole numbers
             continue
+        last = kept
         reached = sum(_drop(n_patches, n_layers, stages, kept)) / n_layers
         least = min(least, reached)
         error = abs(reached - mean_tokens)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from htc_vlm.files import write_json
-from htc_vlm.tiny import scenes
+from htc_vlm.tiny import pictograms, scenes
 from htc_vlm.tiny.features import load_picture
 from htc_vlm.tiny.tower import EfficientNetLiteModel
 
@@ -86,7 +86,7 @@ def cutouts() -> tuple[Thing, ...]:
             name = name_in(text.read_text(encoding="utf-8").split("\n")[0])
             found += [Thing(str(file.relative_to(root)), name, kind)] if name else []
     for vendor in pictograms.SEEN:
-        for concept in pictograms.concepts():
+        for concept in scenes.concepts():
             kind = PICTOGRAMS.get(concept.category, concept.category)
             found.append(Thing(f"pictogram:{vendor}", concept.label, kind))
     return tuple(found)

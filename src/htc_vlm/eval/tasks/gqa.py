@@ -20,7 +20,7 @@ from typing import ClassVar
 from htc_vlm.eval.blind import Facts
 from htc_vlm.eval.hub_files import hub_files, hub_rows, reads_hub
 from htc_vlm.eval.score import gqa_match, mean_by_kind
-from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, percent, picture_at, read_json
+from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, picture_at, read_json, with_score
 
 
 @TASKS.register("gqa")
@@ -70,5 +70,4 @@ class Gqa:
              mark.score)
             for item, mark in zip(items, self.marks(items, answers), strict=True)
         ]  # fmt: skip
-        means = percent(mean_by_kind(rows))
-        return {"score": means.pop("overall")} | means
+        return with_score(mean_by_kind(rows))

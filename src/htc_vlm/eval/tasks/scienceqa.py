@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from htc_vlm.eval.blind import Facts
 from htc_vlm.eval.hub_files import hub_files, hub_rows, reads_hub
 from htc_vlm.eval.score import mean_by_kind, scienceqa_letter
-from htc_vlm.eval.task import LETTER, TASKS, Item, Mark, check_choice, lettered_prompt, percent, picture_at, read_json
+from htc_vlm.eval.task import LETTER, TASKS, Item, Mark, check_choice, lettered_prompt, picture_at, read_json, with_score
 
 
 @TASKS.register("scienceqa")
@@ -92,5 +92,4 @@ class ScienceQa:
             (item.reference["subject"], mark.score)
             for item, mark in zip(items, self.marks(items, answers), strict=True)
         ]
-        means = percent(mean_by_kind(rows))
-        return {"score": means.pop("overall")} | means
+        return with_score(mean_by_kind(rows))

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from htc_vlm.eval.blind import Facts
 from htc_vlm.eval.hub_files import hub_files, hub_rows, reads_hub
 from htc_vlm.eval.score import mean_by_kind, normalize_evalai_answer, vqa_accuracy
-from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, commonest, percent, picture_at, read_json
+from htc_vlm.eval.task import SHORT, TASKS, Item, Mark, commonest, picture_at, read_json, with_score
 
 _QUESTIONS = {"val": "v2_OpenEnded_mscoco_val2014_questions.json",
               "test-dev": "v2_OpenEnded_mscoco_test-dev2015_questions.json"}  # fmt: skip
@@ -94,8 +94,7 @@ class VqaV2:
             (item.reference["answer_type"], mark.score)
             for item, mark in zip(items, self.marks(items, answers), strict=True)
         ]
-        means = percent(mean_by_kind(rows))
-        return {"score": means.pop("overall")} | means
+        return with_score(mean_by_kind(rows))
 
     def export(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[dict[str, Any]]:
         """The server's format, answers normalised as LLaVA normalises them before upload."""
