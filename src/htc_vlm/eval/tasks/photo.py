@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from htc_vlm.eval.score import mean_by_kind, plain_match
-from htc_vlm.eval.task import TASKS, Item, Mark
-from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, training_questions, with_score
+from htc_vlm.eval.task import TASKS, Item, Mark, with_score
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, training_questions
 from htc_vlm.tiny import photo
 from htc_vlm.tiny.questions import Question, words
 
