@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from htc_vlm.cli import data
 from htc_vlm.tiny import photo, photo_sources
 from htc_vlm.tiny.questions import words
 
@@ -114,6 +115,20 @@ def test_the_tower_names_the_crops_it_is_sure_of(root: Path) -> None:
     assert {(row["file"], row["name"], row["kind"]) for row in rows} == {wall}
     assert photo_sources.crops()[0].box == (0.0, 0.0, 1.0, 1.0)
     assert "12 crops" in photo.prepare()
+
+
+def test_the_data_command_counts_opens_and_writes_the_set(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its check of words is for sets with a word tokenizer; this one has real text and no vocabulary."""
+    monkeypatch.setattr(photo, "N_FIXED", 6)
+    assert data.run(["photo", "--data", str(root.parent), "--limit", "1", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("photo: 196 cut-outs of 98 names, 1 crops named by the tower, 2 backgrounds, 25 test photos\n")
+    assert "photos: 1 images, 4 questions" in shown and "question only %" in shown
+    assert (tmp_path / "out" / "images" / "photos" / "0.png").is_file()
+    turns = json.loads((tmp_path / "out" / "photos.json").read_text())[0]["conversations"]
+    assert [turn["value"] for turn in turns[:2]] == ["<image>\nWhat is this?", "A cat"]
 
 
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     monkeypatch.setenv("HTC_VLM_DATA", str(photo_files.make(tmp_path / "data")))
     monkeypatch.setattr(gguf_llama, "find_file", lambda settings: Path(settings.file))
     monkeypatch.setattr(gguf_llama, "read", stand_in)
+    monkeypatch.setattr(photo, "N_FIXED", 20)  # questions that the blind baselines learn from
     tiny_runs.tower()
     small = ["vision.image_size=64", "language_model.layers=[0, 3]", "words.steps=3", "words.images_per_step=4", "n_text=220"]
     for stage in ("instruct", "compress"):

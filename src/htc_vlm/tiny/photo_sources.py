@@ -118,7 +118,7 @@ def backgrounds() -> tuple[str, ...]:
     return tuple(str(file.relative_to(folder())) for file in files.values())
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def picture(file: str) -> Image.Image:
     """RGBA, at most LARGEST on a side, its transparent edge cut off; "FILE.rcc:17" is a picture inside a GCompris file."""
     path, _, number = file.partition(".rcc:")
