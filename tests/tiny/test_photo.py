@@ -92,6 +92,15 @@ def test_questions_follow_from_picture_and_seed(root: Path) -> None:
     assert {q.kind for q in photo.sample_questions("train/3", 9, 0, weights={"name": 1})} == {"name"}
 
 
+def test_other_files_make_another_version(root: Path) -> None:
+    """Features of old pictures would be asked about as if they were the new ones: the cache is named by the version."""
+    before = photo.version()
+    assert before == photo.version() and len(before) == 8
+    (root / photo_sources.CROPS).write_text(json.dumps([{**photo_files.CROP, "name": "lynx"}]))
+    photo_files.forget()
+    assert photo.version() != before
+
+
 def test_photos_are_judged_by_words_that_were_written_before(root: Path) -> None:
     """The file's rows are complete, and no accepted word of a photo's name is what is asked as absent."""
     for shown in photo_sources.asked_photos():

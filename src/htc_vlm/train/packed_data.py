@@ -47,7 +47,8 @@ def open_sources(
         if len(ids) < part.images:
             name = "training split" if split == "train" else f"split {split!r}"
             raise ValueError(f"{part.task}: {part.images} images asked for, the {name} has {len(ids)}")
-        name = f"{part.task}-train" if split == "train" else f"{part.task}-{split}-{part.images}"
+        made_of = f"{part.task}-{module.version()}" if hasattr(module, "version") else part.task
+        name = f"{made_of}-train" if split == "train" else f"{made_of}-{split}-{part.images}"
         cache = FeatureCache(folder / name, meta_for(tower, part.images, CODE_PICTURE_SIZE))
         if cache.missing() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
@@ -61,7 +62,7 @@ def open_sources(
             fill(cache, tower, partial(_picture, module, ids))
         codes = None
         if getattr(compressor, "has_code", False):
-            stem = part.task if split == "train" else name
+            stem = made_of if split == "train" else name
             codes = codes_of(cache, partial(_encode, model), folder / f"{stem}-codes-{code_key(compressor)}.npy")
         ask, simple_first = _asker(module, ids, curriculum), _simple_first(module, ids, curriculum)
         sources.append(Source(part.task, cache, ask, part.share, codes, simple_first))
