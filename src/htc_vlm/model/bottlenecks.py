@@ -218,12 +218,13 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         if method.reads_apart:
             return self._read_apart(layout, groups, embeds, labels, logits_to_keep, kwargs)
         visual = [group.visual[row].to(embeds.device, embeds.dtype) for group, row in places]
-        if groups[0].deep is None:
+        deep = [group.deep[:, row] for group, row in places if group.deep is not None]  # (n, C, D) each
+        if not deep:
             embeds = embeds.masked_scatter(layout.is_visual[..., None], torch.cat(visual))
             given: dict[str, Any] = {"inputs_embeds": embeds}
         else:  # only the family's own forward hands deep features on, with what it encoded itself
-            deep = [[group.deep[i, row] for group, row in places] for i in range(len(groups[0].deep))]
-            given = {"input_ids": input_ids, "mm_encoder_outputs": {"image": Encoded(visual, deep)}}
+            encoded = Encoded(visual, [list(layer) for layer in zip(*deep, strict=True)])
+            given = {"input_ids": input_ids, "mm_encoder_outputs": {"image": encoded}}
         costs = [group.cost if method.positions == "sequential" else 0 for group, _ in places]
         visible = compressing.mask_around(method, layout)
         ids = rope.with_images(layout, [group.place.to(embeds.device) for group, _ in places], costs)
