@@ -91,6 +91,17 @@ def short_rows(results: Path) -> list[tuple[int, float]]:
     return points
 
 
+def elastic_row(results: Path) -> list[tuple[int, float]]:
+    """(bytes, mean over seeds of the score on seen vendors) of the row that was trained with 1, 2, 4 and 8 entries."""
+    scores: dict[int, list[float]] = {}
+    for file in sorted((results / "long" / "readers-elastic").glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        by_entries = {int(n): one["metrics"] for n, one in found["by_entries"].items()}
+        for n_entries, metrics in {**by_entries, round(found["cached_tokens"]): found["metrics"]}.items():
+            scores.setdefault(n_entries, []).append(metrics["pictograms-seen/score"])
+    return [(BYTES * n_entries, statistics.fmean(values)) for n_entries, values in sorted(scores.items())]
+
+
 def draw(results: Path, file: Path) -> None:
     """Right answers on seen vendors against the bytes an image costs."""
     import matplotlib
@@ -109,10 +120,13 @@ def draw(results: Path, file: Path) -> None:
                 title.replace("`", ""), (BYTES * n_entries, score), (-6 if left else 6, 0), textcoords="offset points",
                 ha="right" if left else "left", va="center", fontsize=8,
             )  # fmt: skip
-    points = short_rows(results)
-    if points:
-        axes.plot(*zip(*points, strict=True), "s--", color="#8a929c", markersize=4, label="HTC, patches causal, 800 steps")
-        axes.legend(fontsize=8, loc="lower right")
+    for label, points, style, color in (
+        ("readers, one elastic model", elastic_row(results), "^:", "#c1440e"),
+        ("HTC, patches causal, 800 steps", short_rows(results), "s--", "#8a929c"),
+    ):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
+    axes.legend(fontsize=8, loc="lower right")
     axes.set(xscale="log", xlabel="bytes of an image in the cache", ylabel="right answers, % (seen vendors)", ylim=(20, 101))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from study import answers
+from study import answers, ladder
 from study.cli import table as table_command
 from study.definitions import Comparison, followed, read_experiment, read_tables
 from study.grids import cost_grid, csv_grid, differences_grid, entries_grid, lines_grid, retention_grid, scores_grid
@@ -222,3 +222,13 @@ def test_an_elastic_row_says_what_its_first_entries_keep(study: Path) -> None:
         kept = {str(n): {"metrics": {"scenes/score": score}} for n, score in ((1, one), (2, two))}
         file.write_text(json.dumps(json.loads(file.read_text()) | {"by_entries": kept}))
     assert entries_grid(load(study)) == [["row", "entries", "scenes"], ["A", "1", "51.0"], ["A", "2", "63.0"]]
+
+
+def test_an_elastic_model_stands_in_the_plot_once_for_each_number_of_entries(tmp_path: Path) -> None:
+    """By hand: 6,144 bytes an entry, means over two seeds; the largest budget is the row's own score."""
+    folder = tmp_path / "long" / "readers-elastic"
+    folder.mkdir(parents=True)
+    for seed, (one, all_two) in enumerate(((90.0, 95.0), (92.0, 97.0))):
+        score = [{"metrics": {"pictograms-seen/score": value}} for value in (one, all_two)]
+        (folder / f"{seed}.json").write_text(json.dumps({"by_entries": {"1": score[0]}, "cached_tokens": 2.0, **score[1]}))
+    assert ladder.elastic_row(tmp_path) == [(6144, 91.0), (12288, 96.0)]
