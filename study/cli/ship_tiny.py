@@ -19,6 +19,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("name", help="of the shipped model: tiny, tiny-upper, tiny-htc")
     parser.add_argument("--run", type=Path, metavar="DIR", help="a run of train-tiny, also one that is not finished")
     parser.add_argument("--record", default="training", help="folder of the record (default: training)")
+    parser.add_argument("--entries", type=int, metavar="N", help="of an elastic run: ship its first N entries (default: all)")
     parser.add_argument("--evaluate", action="store_true", help="the shipped model's answers, into --work")
     parser.add_argument("--collect", action="store_true", help="results from --work into study/results/tiny")
     parser.add_argument("--tests", default="0,1,2,3", help="0: seen vendors, 1: unseen vendor, 2: easy-vqa, 3: fashion-mnist")
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--tests: there is no {unknown[0]}; known: 0 to {len(ship.TESTS) - 1}")
     data = args.data or Path(os.environ.get("HTC_VLM_DATA", "data"))
     if args.run is not None:
-        ship.ship(args.run, args.name, args.record)
+        ship.ship(args.run, args.name, args.record, args.entries)
     if args.evaluate:
         ship.evaluate(args.name, args.work, data, args.batch_size, tests)
     if args.collect:

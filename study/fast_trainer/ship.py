@@ -16,13 +16,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from htc_vlm.files import write_json
 from htc_vlm.train.loop import plot_loss
 from study.fast_trainer import state
-from study.fast_trainer.settings import make_run
+from study.fast_trainer.model import method_of
+from study.fast_trainer.settings import Run, make_run
 from study.fast_trainer.train import report_of, starting_model
 from study.fast_trainer.weights import export, fast_model
 
@@ -38,10 +40,13 @@ TESTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 LOWER = {"tiny-upper": "tiny-lower"}  # whose untrained bottleneck is the lower bound, and its name
 
 
-def export_state(folder: Path, out: Path) -> int:
-    """A run's last saved state as a checkpoint folder; the step."""
+def export_state(folder: Path, out: Path, n_entries: int | None = None) -> int:
+    """A run's last saved state as a checkpoint folder; the step. n_entries: only the first of an elastic model's."""
     saved = state.read(folder)
     run = make_run(saved["settings"], folder / state.STATE)
+    if n_entries is not None:
+        run, rows = first_entries(run, n_entries), saved["model"]["rows"]
+        saved["model"]["rows"] = rows[: n_entries * method_of(run.compressor).n_readers]
     library, processor = starting_model(run, folder)
     model = fast_model(library, reads_turn=run.turn_loss > 0)
     model.load_state_dict(saved["model"])
@@ -49,9 +54,18 @@ def export_state(folder: Path, out: Path) -> int:
     return int(saved["step"])
 
 
-def ship(folder: Path, name: str, record: str = "training") -> None:
+def first_entries(run: Run, n_entries: int) -> Run:
+    """The same run with a model of so many entries an image. ValueError where it was not trained for that."""
+    budgets = method_of(run.compressor).budgets
+    if n_entries not in budgets:
+        raise ValueError(f"--entries is {n_entries}; this run was trained with {', '.join(map(str, budgets))}")
+    settings = {**run.compressor, "n_bottleneck": n_entries, "elastic": n_entries > 1}
+    return replace(run, compressor=settings)
+
+
+def ship(folder: Path, name: str, record: str = "training", n_entries: int | None = None) -> None:
     """Checkpoint and training record of a run into the repository. record: their folder, e.g. training-first."""
-    export_state(folder, CHECKPOINTS / name)
+    export_state(folder, CHECKPOINTS / name, n_entries)
     keep_record(folder, RESULTS / name / record)
 
 

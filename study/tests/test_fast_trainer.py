@@ -313,3 +313,22 @@ def test_shipping_writes_checkpoint_and_record_without_this_machine_s_paths(
     assert str(tiny_runs.root()) not in (record / "report.json").read_text()
     with pytest.raises(ValueError, match="no 4"):
         ship_tiny.run(["small", "--evaluate", "--tests", "4"])
+
+
+def test_the_first_entries_of_an_elastic_run_are_a_model_of_their_own(tmp_path: Path) -> None:
+    """A model of one entry costs one entry's bytes, and says what the elastic one says with `n_entries=1`."""
+    from study.fast_trainer.ship import export_state
+
+    elastic = {"name": "readers", "n_readers": 2, "n_bottleneck": 4, "elastic": True}
+    train(tmp_path / "run", settings(elastic, steps=2, watch={}, turn_loss=0.0))
+    whole, _ = htc_vlm.load(tmp_path / "run" / "model")
+    export_state(tmp_path / "run", tmp_path / "cut", n_entries=2)
+    cut, processor = htc_vlm.load(tmp_path / "cut")
+    assert (cut.config.compressor["n_bottleneck"], cut.config.compressor["elastic"], processor.n_bottleneck) == (2, True, 2)
+    torch.manual_seed(1)
+    features = torch.randn(2, 4, whole.model.multi_modal_projector.linear_1.in_features)
+    for n_entries in (1, 2):
+        cells = [model.compress(patch_features=features, n_entries=n_entries) for model in (whole, cut)]
+        torch.testing.assert_close(cells[0].kv, cells[1].kv, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="--entries is 3; this run was trained with 1, 2, 4"):
+        export_state(tmp_path / "run", tmp_path / "none", n_entries=3)
