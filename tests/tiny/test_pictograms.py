@@ -13,7 +13,7 @@ from htc_vlm.tiny import blind, pictograms, scenes
 from htc_vlm.tiny.questions import Question, words
 from htc_vlm.tiny.scenes import Concept, Scene, Thing
 
-EVALUATED = ("val", "test", "test-unseen")
+EVALUATED = ("test", "test-unseen")  # val is drawn as test is
 STILL = (0, 0, 0, 0.0)
 CAT = Concept("cat", "mammal", True)
 PIG = Concept("pig", "mammal", True)
