@@ -61,9 +61,9 @@ def read(path: Path) -> Questions:
     if kind in (".jsonl", ".ndjson"):
         rows = _json_lines(path)
     elif kind in (".csv", ".tsv"):
-        lines = io.StringIO(read_text(path), newline="")
+        table = io.StringIO(read_text(path), newline="")
         try:
-            rows = list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+            rows = list(csv.DictReader(table, delimiter="\t" if kind == ".tsv" else ","))
         except csv.Error as error:
             raise ValueError(f"{path}: is no table that can be read ({error})") from error
     elif kind == ".parquet":

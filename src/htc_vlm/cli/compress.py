@@ -106,13 +106,16 @@ def run(argv: list[str]) -> int:
         refused.append(file)
         _tell(f"left out: {error}")
 
+    paths: list[Path] = []
+
+    def unfit(number: int, why: str) -> None:
+        leave_out(paths[number], f"{paths[number]}: {why}")
+
     code = 0
     try:
         with tqdm(total=len(files), desc="compress", unit="picture", disable=None) as bar:
             for paths, pictures in load_batches(files, options.batch_size, leave_out, **pixel_limit(options)):
-                for numbers, images in encode_each(
-                    encoder, pictures, False, lambda i, why, paths=paths: leave_out(paths[i], f"{paths[i]}: {why}")
-                ):
+                for numbers, images in encode_each(encoder, pictures, False, unfit):
                     album.add(images, [str(paths[i]) for i in numbers])
                 bar.update(len(album.names) + len(refused) - bar.n)
         if not album.parts:

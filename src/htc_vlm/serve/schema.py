@@ -67,7 +67,7 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    stream: StrictBool | None = False  # numbers and switches are none of "true", "4", true for 1
+    stream: StrictBool | None = False  # strict here and below: "4" is no number, and true is not 1
     stream_options: StreamOptions | None = None
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)

@@ -92,8 +92,12 @@ def encode_each(
         if len(pictures) == 1:
             refuse(0, str(error))
             return
-        for number in numbers:
-            for _, images in encode_each(encoder, [pictures[number]], maps, lambda _, told, at=number: refuse(at, told)):
+        for number, picture in enumerate(pictures):
+            try:
+                (images,) = encoder.encode([picture], maps)
+            except ValueError as why:
+                refuse(number, str(why))
+            else:
                 yield [number], images
         return
     for part in parts:
