@@ -22,7 +22,6 @@ from htc_vlm.tiny import photo_sources as sources
 from htc_vlm.tiny.photo_sources import Thing
 from htc_vlm.tiny.pictograms import seeded
 from htc_vlm.tiny.questions import Question
-from htc_vlm.tiny.tower import imagenet_head, load_imagenet_weights
 
 SIDE = 224
 SPLITS = {"train": 50_000, "val": 300, "test": 500}
@@ -76,6 +75,8 @@ def images(split: str) -> Sequence[str]:
 def prepare() -> str:
     """Name crops of the photos by the tower, once; says what there is. FileNotFoundError, ImportError: what is missing."""
     if not (sources.folder() / sources.CROPS).is_file():
+        from htc_vlm.tiny.tower import imagenet_head, load_imagenet_weights
+
         tower = load_imagenet_weights()
         tower.config.image_size = SIDE
         sources.label_crops(tower, imagenet_head())

@@ -18,15 +18,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from htc_vlm.files import write_json
 from htc_vlm.tiny import pictograms, scenes
-from htc_vlm.tiny.features import load_picture
-from htc_vlm.tiny.tower import EfficientNetLiteModel
+
+if TYPE_CHECKING:  # reading a list of tasks must not cost seconds of imports
+    from torch import Tensor
+
+    from htc_vlm.tiny.tower import EfficientNetLiteModel
 
 CROPS = "crops.json"
 SURE = 0.6  # probability from which the tower's class is taken as a crop's name
@@ -172,12 +175,15 @@ def photos() -> list[tuple[str, int]]:
     return found
 
 
-@torch.inference_mode()
-def label_crops(tower: EfficientNetLiteModel, head: tuple[torch.Tensor, torch.Tensor], limit: int | None = None) -> int:
+def label_crops(tower: EfficientNetLiteModel, head: tuple[Tensor, Tensor], limit: int | None = None) -> int:
     """Name crops of all photos by the tower's ImageNet head (weight, bias) and write those it is SURE of to crops.json.
 
     limit: look at so many pictures only, evenly spread. Returns how many crops were kept. Unreadable pictures are passed over.
     """
+    import torch
+
+    from htc_vlm.tiny.features import load_picture
+
     names, kept = class_names(), []
     every = photos()
     rng = np.random.default_rng(0)
@@ -188,7 +194,8 @@ def label_crops(tower: EfficientNetLiteModel, head: tuple[torch.Tensor, torch.Te
             shown = [load_picture(on_white(drawing(crop)), tower.config.image_size).pixel_values for crop in looked]
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
-        pooled = tower.maps(torch.stack(shown))[0].mean(dim=(2, 3))
+        with torch.inference_mode():
+            pooled = tower.maps(torch.stack(shown))[0].mean(dim=(2, 3))
         shares, classes = (pooled @ head[0].T + head[1]).softmax(-1).max(-1)
         for crop, share, number in zip(looked, shares.tolist(), classes.tolist(), strict=True):
             if share >= SURE:
