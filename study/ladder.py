@@ -117,7 +117,7 @@ def draw(results: Path, file: Path) -> None:
             axes.plot(BYTES * n_entries, score, "o", color="#c1440e" if name == "tiny" else "#1f5fa8")
             left = n_entries > 1
             axes.annotate(
-                title.replace("`", ""), (BYTES * n_entries, score), (-6 if left else 6, 0), textcoords="offset points",
+                title.replace("`", ""), (BYTES * n_entries, score), (-6 if left else 6, -8), textcoords="offset points",
                 ha="right" if left else "left", va="center", fontsize=8,
             )  # fmt: skip
     for label, points, style, color in (
