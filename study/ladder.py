@@ -127,7 +127,7 @@ def draw(results: Path, file: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
     axes.legend(fontsize=8, loc="lower right")
-    axes.set(xscale="log", xlabel="bytes of an image in the cache", ylabel="right answers, % (seen vendors)", ylim=(20, 101))
+    axes.set(xscale="log", xlabel="bytes of an image in the cache", ylabel="right answers, % (seen vendors)", ylim=(10, 102))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
