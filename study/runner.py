@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,19 +196,7 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
     out: dict[str, Any] = {"recipe": model.recipe().digest}
     started = time.perf_counter()
     with applied_method(job, model) as applied:
-
-        def ask(n_entries: int | None) -> dict[str, Any]:
-            found: dict[str, Any] = {"metrics": {}, "answers": {}}
-            for name, one in tests.items():
-                answerer = evaluating.SharedAnswerer(model, processor, one, caches[name], codes[name], n_entries)
-                folder = job.folder(study) / "eval" / (name if n_entries is None else f"{name}@{n_entries}")
-                texts = evaluating.answer_all(answerer, one, folder, study.batch_size)
-                right = answers.right_answers(one.items, texts)
-                bits, questions = answers.packed_bits(right), evaluating.with_baselines(one, study.results)
-                found["metrics"] |= answers.metrics_of(name, answers.unpacked_bits(bits, len(right)), questions)
-                found["answers"][name] = {"questions_sha256": one.sha256, "n_questions": len(right), "right": bits}
-            return found
-
+        ask = partial(ask_all, job, study, model, processor, tests, caches, codes)
         out |= ask(None)
         if fewer := model.model.compressor.budgets[:-1]:  # an elastic model: also what its first entries keep
             out["by_entries"] = {str(n_entries): ask(n_entries) for n_entries in fewer}
@@ -221,6 +210,22 @@ def evaluate(job: Job, study: Study) -> dict[str, Any]:
         "question_independent": bool(compressor.question_independent),
         "parameters": sum(weight.numel() for weight in model.parameters()),
     }
+
+
+def ask_all(
+    job: Job, study: Study, model: Any, processor: Any, tests: Mapping[str, evaluating.TaskSet],
+    caches: Mapping[str, FeatureCache], codes: Mapping[str, Any], n_entries: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """{"metrics", "answers"} of all tasks; n_entries: of an elastic model, how many a picture gets."""
+    found: dict[str, Any] = {"metrics": {}, "answers": {}}
+    for name, one in tests.items():
+        answerer = evaluating.SharedAnswerer(model, processor, one, caches[name], codes[name], n_entries)
+        folder = job.folder(study) / "eval" / (name if n_entries is None else f"{name}@{n_entries}")
+        right = answers.right_answers(one.items, evaluating.answer_all(answerer, one, folder, study.batch_size))
+        bits, questions = answers.packed_bits(right), evaluating.with_baselines(one, study.results)
+        found["metrics"] |= answers.metrics_of(name, answers.unpacked_bits(bits, len(right)), questions)
+        found["answers"][name] = {"questions_sha256": one.sha256, "n_questions": len(right), "right": bits}
+    return found
 
 
 def applied_method(job: Job, model: Any) -> Any:

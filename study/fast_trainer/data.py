@@ -19,7 +19,7 @@ from htc_vlm.tiny import pictograms
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import codes_of
 from htc_vlm.train import presets
-from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, code_key
+from htc_vlm.train.packed_data import CODE_PICTURE_SIZE, cache_names, code_key
 from study.fast_trainer.questions import Pool, encode, fixed_questions, training_pool
 from study.fast_trainer.settings import Part, Run
 from study.fast_trainer.tree import Trees, grow
@@ -65,14 +65,13 @@ def open_cache(task: str, split: str, n_images: int, model: Any, folder: Path) -
     ids = list(module.images(split)[:n_images])
     if len(ids) < n_images or n_images < 1:
         raise ValueError(f"{task}: {n_images} images asked for, the split {split!r} has {len(module.images(split))}")
-    name = f"{task}-train" if split == "train" else f"{task}-{split}-{n_images}"
+    name, stem = cache_names(task, split, n_images)
     cache = FeatureCache(folder / name, meta_for(model.model.vision_tower, n_images, CODE_PICTURE_SIZE))
     if cache.missing():
         print(f"{task}: the tower's features of {len(cache.missing())} pictures of {split} (resumable)", flush=True)
         fill(cache, model.model.vision_tower, lambda number: module.picture(ids[number]))
     compressor, codes = model.model.compressor, None
     if getattr(compressor, "has_code", False):
-        stem = task if split == "train" else name
         codes = codes_of(cache, compressor.encode, folder / f"{stem}-codes-{code_key(compressor)}.npy")
     return ids, cache, codes
 

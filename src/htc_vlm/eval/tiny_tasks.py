@@ -26,15 +26,22 @@ def own_items(module: str, split: str) -> list[Item]:
     ]
 
 
-def own_marks(items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
-    """1 for each exact match."""
-    return [Mark(item.id, item.image, plain_match(answers[item.id], item.reference.answer)) for item in items]
+def exact(answer: str, question: Question) -> float:
+    """1 for an exact match."""
+    return plain_match(answer, question.answer)
 
 
-def score_by_kind(items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
-    """{"score": overall, kind: ...} in percent, by exact match."""
-    rows = [(item.reference.kind, plain_match(answers[item.id], item.reference.answer)) for item in items]
-    return with_score(mean_by_kind(rows))
+Judge = Callable[[str, Question], float]
+
+
+def own_marks(items: Sequence[Item], answers: Mapping[str, str], judge: Judge = exact) -> list[Mark]:
+    """What each answer is worth."""
+    return [Mark(item.id, item.image, float(judge(answers[item.id], item.reference))) for item in items]
+
+
+def score_by_kind(items: Sequence[Item], answers: Mapping[str, str], judge: Judge = exact) -> dict[str, float]:
+    """{"score": overall, kind: ...} in percent."""
+    return with_score(mean_by_kind((item.reference.kind, judge(answers[item.id], item.reference)) for item in items))
 
 
 def weighted(by_kind: Mapping[str, float], items: Sequence[Item]) -> dict[str, float]:

@@ -47,8 +47,7 @@ def open_sources(
         if len(ids) < part.images:
             name = "training split" if split == "train" else f"split {split!r}"
             raise ValueError(f"{part.task}: {part.images} images asked for, the {name} has {len(ids)}")
-        made_of = f"{part.task}-{module.version()}" if hasattr(module, "version") else part.task
-        name = f"{made_of}-train" if split == "train" else f"{made_of}-{split}-{part.images}"
+        name, stem = cache_names(part.task, split, part.images)
         cache = FeatureCache(folder / name, meta_for(tower, part.images, CODE_PICTURE_SIZE))
         if cache.missing() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
@@ -62,11 +61,20 @@ def open_sources(
             fill(cache, tower, partial(_picture, module, ids))
         codes = None
         if getattr(compressor, "has_code", False):
-            stem = made_of if split == "train" else name
             codes = codes_of(cache, partial(_encode, model), folder / f"{stem}-codes-{code_key(compressor)}.npy")
         ask, simple_first = _asker(module, ids, curriculum), _simple_first(module, ids, curriculum)
         sources.append(Source(part.task, cache, ask, part.share, codes, simple_first))
     return sources
+
+
+def cache_names(task: str, split: str, n_images: int) -> tuple[str, str]:
+    """What the features and the codes of a split's first pictures are called. A set whose pictures depend on other files says
+    so by its `version`."""
+    module = presets.task_module(task)
+    made_of = f"{task}-{module.version()}" if hasattr(module, "version") else task
+    if split == "train":  # of any number: more pictures go on
+        return f"{made_of}-train", made_of
+    return f"{made_of}-{split}-{n_images}", f"{made_of}-{split}-{n_images}"
 
 
 def held_out_sources(

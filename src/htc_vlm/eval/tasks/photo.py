@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from htc_vlm.eval.score import mean_by_kind, plain_match
-from htc_vlm.eval.task import TASKS, Item, Mark, with_score
-from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, training_questions
+from htc_vlm.eval.score import plain_match
+from htc_vlm.eval.task import TASKS, Item, Mark
+from htc_vlm.eval.tiny_tasks import blind_baselines, own_items, own_marks, score_by_kind, training_questions
 from htc_vlm.tiny import photo
 from htc_vlm.tiny.questions import Question, words
 
@@ -39,10 +39,10 @@ class Photo:
         return own_items("photo", split)
 
     def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
-        return [Mark(item.id, item.image, float(is_right(answers[item.id], item.reference))) for item in items]
+        return own_marks(items, answers, is_right)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
-        return with_score(mean_by_kind((item.reference.kind, is_right(answers[item.id], item.reference)) for item in items))
+        return score_by_kind(items, answers, is_right)
 
     def baselines(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
         """Question only and majority, learnt from the training questions."""
