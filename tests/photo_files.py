@@ -19,8 +19,8 @@ STAMPS = {  # path below Tux Paint's stamps: caption, colour
 }
 CROP = {"file": "usr/share/backgrounds/wall.jpg", "name": "tabby", "kind": "mammal", "box": [0.0, 0.0, 0.5, 0.5]}
 CACHED = (
-    photo.scene, photo.questions, photo._labels, photo_sources.cutouts, photo_sources.backgrounds, photo_sources.crops,
-    photo_sources.picture, photo_sources._webps_in,
+    photo.scene, photo.questions, photo._labels, photo._crops_by_name, photo_sources.class_names, photo_sources.cutouts,
+    photo_sources.backgrounds, photo_sources.crops, photo_sources.picture, photo_sources._webps_in,
 )  # fmt: skip
 
 

@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from htc_vlm.tiny import pictograms
-from htc_vlm.tiny.align_patches import NO_WORD, WordSettings, align_words, word_ids, word_loss
-from htc_vlm.tiny.features import CacheMeta, FeatureCache
+from htc_vlm.tiny.align_patches import NO_WORD, Told, WordSettings, align_words, told_by_head, word_ids, word_loss
+from htc_vlm.tiny.features import CacheMeta, FeatureCache, load_picture
+from htc_vlm.tiny.tower import EfficientNetLiteModel
 from htc_vlm.train import presets
+
+from .. import tiny_runs
 
 WORDS = {"red": 0, "blue": 1, "left": 2, "right": 3}
 
@@ -107,3 +111,32 @@ def test_settings_are_checked() -> None:
     assert presets.word_settings({"task": "x", "steps": 3}) == replace(WordSettings("x"), steps=3)
     with pytest.raises(ValueError, match="unknown setting .*stepz"):
         presets.word_settings({"task": "x", "stepz": 3})
+
+
+def test_patches_without_words_learn_what_the_classifier_says_of_them(tmp_path: Path) -> None:
+    """Features along axis 2 are in no picture with words; the classifier calls them "left" twice as often as "right"."""
+    model, cache = model_of(10), two_pictures(tmp_path)
+    told = Told(torch.zeros(4, 10).index_fill(1, torch.tensor([2]), 3.0), torch.tensor([[0.0, 0.0, 2 / 3, 1 / 3]] * 4))
+    settings = WordSettings("x", steps=200, images_per_step=4, learning_rate=0.02, told=1, patches_per_step=4)
+    table = torch.eye(4, 8) * 5
+    align_words(model, cache, lambda i: [[["red", "blue"][i]]] * 4, WORDS, settings, seed=0, table=table, told=told)
+    projector = model.model.multi_modal_projector
+    away = projector(told.patches) - model.get_input_embeddings().weight.mean(dim=0)
+    shares = (torch.nn.functional.rms_norm(away, (8,)) @ table.T).softmax(-1)[0]
+    assert shares[2] > 1.5 * shares[3] and shares[3] > 5 * shares[:2].max()
+
+
+def test_each_patch_is_asked_about_alone() -> None:
+    """A red left half and a blue right half: the classifier of the mean would call all patches the same."""
+    picture = Image.new("RGB", (64, 64), (255, 0, 0))
+    picture.paste((0, 0, 255), (32, 0, 64, 64))
+    tower = EfficientNetLiteModel.from_pretrained(tiny_runs.tower()).eval()
+    weight, bias = torch.randn(3, tower.config.head_width, generator=torch.Generator().manual_seed(1)), torch.zeros(3)
+    told = told_by_head(tower, (weight, bias), [picture, picture.rotate(180)])
+    assert told.patches.shape == (8, tower.config.hidden_size) and told.shares.shape == (8, 3)
+    pixels = load_picture(picture, 64).pixel_values[None]
+    torch.testing.assert_close(told.patches[:4], tower(pixels).last_hidden_state[0].bfloat16())
+    last = tower.maps(pixels)[0][0, :, 1, 1]
+    torch.testing.assert_close(told.shares[3].float(), (weight @ last).softmax(-1), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="no picture"):
+        told_by_head(tower, (weight, bias), [])

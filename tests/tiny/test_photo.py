@@ -112,18 +112,18 @@ def test_photos_are_judged_by_words_that_were_written_before(root: Path) -> None
 
 
 def test_the_tower_names_the_crops_it_is_sure_of(root: Path) -> None:
-    """A head that sees only red: the red wall's 12 crops are class 951, the grey wall's are nothing sure."""
+    """A head that sees only red: the red wall's 30 crops are class 951, the grey wall's are nothing sure."""
     seen = SimpleNamespace(image_size=8)
     tower = SimpleNamespace(config=seen, maps=lambda pixels: (pixels, None))  # the map after the head: the colours themselves
     weight, bias = torch.zeros(1000, 3), torch.zeros(1000)
     weight[951, 0], bias[951] = 20.0, -5.0
     (root / photo_sources.CROPS).unlink()
-    assert photo_sources.label_crops(tower, (weight, bias)) == 12  # type: ignore[arg-type]
+    assert photo_sources.label_crops(tower, (weight, bias)) == 30  # type: ignore[arg-type]
     rows = json.loads((root / photo_sources.CROPS).read_text())
     wall = ("usr/share/backgrounds/wall.jpg", "class 951", "fruit")
     assert {(row["file"], row["name"], row["kind"]) for row in rows} == {wall}
     assert photo_sources.crops()[0].box == (0.0, 0.0, 1.0, 1.0)
-    assert "12 crops" in photo.prepare()
+    assert "30 crops" in photo.prepare()
 
 
 def test_the_data_command_counts_opens_and_writes_the_set(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from htc_vlm.convert import gguf_llama
 from htc_vlm.eval.task import make_task
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.loading import load
-from htc_vlm.tiny import photo
+from htc_vlm.tiny import photo, photo_sources
 from htc_vlm.tiny.align_patches import name_table
-from htc_vlm.train import presets, setup
+from htc_vlm.train import packed_data, presets, setup
 
 from .. import photo_files, tiny_runs
 
@@ -55,6 +56,8 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     monkeypatch.setattr(photo, "N_FIXED", 20)  # questions that the blind baselines learn from
     tiny_runs.tower()
     small = ["vision.image_size=64", "language_model.layers=[0, 3]", "words.steps=3", "words.images_per_step=4", "n_text=220"]
+    small += ["words.told=4", "words.patches_per_step=8"]
+    monkeypatch.setattr(packed_data, "imagenet_head", lambda: (torch.ones(1000, 16), torch.zeros(1000)))  # of the tiny tower
     for stage in ("instruct", "compress"):
         small += [f"stages.{stage}.{name}" for name in ("steps=2", "images_per_step=2", "save_every=2", "lora={rank: 2}")]
     made = presets.read(presets.find("photo"), small)
@@ -78,6 +81,23 @@ def test_words_instruct_and_compress_run_and_the_result_is_asked_about_pictures(
     _, _, before = stand_in(Path("x"), (0, 3))
     rows = load(upper / "model")[0].get_input_embeddings().weight[: len(bytes_tokenizer())]
     torch.testing.assert_close(rows, before["embed_tokens.weight"].bfloat16().float())
+
+
+def test_a_run_with_other_crops_is_refused(preset: dict[str, Any], tmp_path: Path) -> None:
+    """Its pictures are numbered: `train/3` would be asked about as what it no longer shows."""
+    setup.train_stage(preset, "instruct", tmp_path / "upper")
+    crops = photo_sources.folder() / photo_sources.CROPS
+    crops.write_text(json.dumps([{**photo_files.CROP, "name": "lynx"}]), encoding="utf-8")
+    photo_files.forget()
+    with pytest.raises(ValueError, match=r"begun with other settings: data was .*version"):
+        setup.train_stage({**preset, "stages": {**preset["stages"]}}, "instruct", tmp_path / "upper")
+
+
+def test_who_cannot_be_told_is_named(preset: dict[str, Any], tmp_path: Path) -> None:
+    """`words.told` on a data set without photos to crop: refused before minutes of training, with the sets that have them."""
+    made = {**preset, "data": [{"task": "pictograms", "images": 4}], "words": {**preset["words"], "task": "pictograms"}}
+    with pytest.raises(ValueError, match=r"words\.told.*pictograms.*photo"):
+        setup.train_stage(made, "instruct", tmp_path / "upper")
 
 
 def test_the_model_begins_with_the_layers_that_are_kept(preset: dict[str, Any]) -> None:

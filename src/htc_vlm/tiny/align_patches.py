@@ -4,21 +4,24 @@ Source:  ours. LLaVA's tower is CLIP, whose patches already match words; an Imag
          that starts from nothing spends thousands of steps on that alone (LOG.md, "Looking things up by name").
 Differs: not in the paper. Only before the first stage: projector and word embedding learn, with no language model in
          between, which words belong to a patch; then `instruct` begins. A pretrained embedding stays as it is: patches learn
-         to point where the mean of a name's tokens points, among all names.
+         to point where the mean of a name's tokens points, among all names. Patches of pictures without words are told by the
+         classifier that the tower was trained with (distillation, Hinton et al., arXiv:1503.02531).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from htc_vlm.tiny.features import FeatureCache
+from htc_vlm.tiny.features import FeatureCache, load_picture
+from htc_vlm.tiny.tower import EfficientNetLiteModel
 
 NO_WORD = -100
 SHARPNESS = 15.0  # a pretrained word's logit for a patch that points exactly there
@@ -29,7 +32,8 @@ class WordSettings:
     """A preset's `words` block: which task's pictures, and for how long.
 
     patch_rms: root mean square of the projected patches afterwards (the decoder's first layer adds to them); beside pretrained
-    words, of their distance from the words' mean.
+    words, of their distance from the words' mean. told: pictures without words whose patches the tower's own classifier names
+    (0: none), and patches_per_step of them.
     """
 
     task: str
@@ -38,6 +42,16 @@ class WordSettings:
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
     patch_rms: float = 2.0
+    told: int = 0
+    patches_per_step: int = 512
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a classifier says of patches: patches (N, D) as the projector takes them, shares (N, C) of each class."""
+
+    patches: Tensor
+    shares: Tensor
 
 
 def word_loss(patches: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
@@ -53,6 +67,37 @@ def word_loss(patches: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
     is_word = words != NO_WORD
     found = logits.log_softmax(-1).gather(-1, words.masked_fill(~is_word, 0))
     return -(found * is_word).sum() / is_word.sum()
+
+
+@torch.inference_mode()
+def told_by_head(
+    tower: EfficientNetLiteModel, head: tuple[Tensor, Tensor], pictures: Iterable[Image.Image], batch_size: int = 8
+) -> Told:
+    """Ask the tower's classifier (weight (C, 1280), bias (C,)) about each patch of the pictures alone. ValueError: no picture.
+
+    A patch's map after the head takes the place of the mean over all patches, on which the classifier was trained.
+    """
+    weight, bias = (part.to(tower.device) for part in head)
+    patches, shares, waiting = [], [], list(pictures)
+    if not waiting:
+        raise ValueError("no picture to be told about; words.told needs photos to crop")
+    for begin in range(0, len(waiting), batch_size):
+        loaded = [load_picture(one, tower.config.image_size).pixel_values for one in waiting[begin : begin + batch_size]]
+        pixels = torch.stack(loaded).to(tower.device)
+        coarse, _ = maps = tower.maps(pixels)
+        patches.append(tower.with_positions(tower.patches_of(*maps)).flatten(0, 1).bfloat16().cpu())
+        shares.append((coarse.flatten(2).transpose(1, 2) @ weight.T + bias).softmax(-1).flatten(0, 1).half().cpu())
+    return Told(torch.cat(patches), torch.cat(shares))
+
+
+def told_loss(patches: Tensor, embedding: Tensor, shares: Tensor) -> Tensor:
+    """Patches (N, D), embedding (V, D), shares (N, C) of its first C words -> mean cross-entropy, nats.
+
+    >>> told_loss(torch.tensor([[1.0, -1.0]]), torch.zeros(4, 2), torch.tensor([[0.5, 0.5]])).item()    # ln 4 for each
+    1.3862943649291992
+    """
+    logits = F.rms_norm(patches, patches.shape[-1:]) @ embedding.T
+    return -(shares * logits.log_softmax(-1)[:, : shares.shape[1]]).sum(-1).mean()
 
 
 def word_ids(rows: Sequence[Sequence[Sequence[str]]], vocabulary: dict[str, int]) -> Tensor:
@@ -76,11 +121,12 @@ def align_words(
     settings: WordSettings,
     seed: int,
     table: Tensor | None = None,
+    told: Told | None = None,
 ) -> float:
     """Train projector and word embedding of `model` in place; the last step's loss (nats per word).
 
     words_of(i): the words of each patch of image i of the cache, in raster order. table (V, D): what patches are compared
-    with in place of the word embedding, which then stays as it is (`name_table`).
+    with in place of the word embedding, which then stays as it is (`name_table`); its first rows are the classes of `told`.
     """
     projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings().weight
     words = word_ids([words_of(i) for i in range(len(cache))], vocabulary)
@@ -97,6 +143,10 @@ def align_words(
         chosen = np.sort(rng.integers(0, len(cache), settings.images_per_step))
         features = cache.get(chosen.tolist()).to(device, torch.float32)
         loss = word_loss(projector(features).flatten(0, 1), rows, words[chosen].flatten(0, 1).to(device))
+        if told is not None:
+            some = rng.integers(0, len(told.patches), settings.patches_per_step)
+            patches, shares = (part[some].to(device, torch.float32) for part in (told.patches, told.shares))
+            loss = loss + told_loss(projector(patches), rows, shares)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

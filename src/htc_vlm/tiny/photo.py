@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from htc_vlm.tiny import photo_sources as sources
-from htc_vlm.tiny.photo_sources import Thing
+from htc_vlm.tiny.photo_sources import Thing, class_names, some_crops
 from htc_vlm.tiny.pictograms import seeded
 from htc_vlm.tiny.questions import Question
 
@@ -101,10 +101,11 @@ def scene(image_id: str) -> Scene:
         raise ValueError(f"no composed picture {image_id!r}; ids are SPLIT/NUMBER with {SPLITS}")
     rng = seeded("photo scene", split, int(index))
     n_things = int(rng.choice((1, 2, 3), p=(0.5, 0.3, 0.2)))
-    crops, cutouts = sources.crops(), sources.cutouts()
+    crops, cutouts = _crops_by_name(), sources.cutouts()
     mirrored = bool(rng.random() < 0.5)
-    if n_things == 1 and crops and rng.random() < 0.4:
-        crop = crops[int(rng.integers(len(crops)))]
+    if n_things == 1 and crops and rng.random() < 0.5:
+        same = crops[int(rng.integers(len(crops)))]  # a name first: of some there are many crops
+        crop = same[int(rng.integers(len(same)))]
         return Scene((Placed(crop, SIDE // 2, SIDE // 2, SIDE, mirrored, 0.0, fills=True),), "")
     chosen: dict[str, Thing] = {}
     while len(chosen) < n_things:
@@ -121,6 +122,12 @@ def scene(image_id: str) -> Scene:
         seen = (float(rng.uniform(0, 1 - share)), float(rng.uniform(0, 1 - share)), share)
         return Scene(tuple(placed), walls[int(rng.integers(len(walls)))], seen)
     return Scene(tuple(placed), str(rng.choice(list(COLOURS))))
+
+
+@lru_cache(maxsize=1)
+def _crops_by_name() -> list[list[Thing]]:
+    names = dict.fromkeys(thing.name for thing in sources.crops())
+    return [[thing for thing in sources.crops() if thing.name == name] for name in names]
 
 
 def picture(image_id: str) -> Image.Image:
@@ -228,22 +235,23 @@ NARROWER = {"animal": LIVING, "food": ("fruit", "vegetable"), "household item": 
 def _is_absent(word: str, kind: str, scene: Scene) -> bool:
     """Is a name of this kind, or the kind itself, surely not in the scene?
 
-    A crop has ImageNet's name ("tabby"), so others of its kind may be right ("cat"). One of unknown kind is nothing living.
+    ImageNet's names ("tabby cat") and those of the cut-outs ("cat") may be of one thing, so of one kind none is sure to be
+    absent. A crop of unknown kind is nothing living.
     """
     for one in scene.placed:
         thing = one.thing
         if set(word.split()) & set(f"{thing.name} {thing.kind}".split()) or thing.kind in NARROWER.get(word, ()):
             return False
-        if one.fills and (kind == thing.kind or (thing.kind is None and kind not in LIVING)):
+        if (one.fills or word in class_names()) and (kind == thing.kind or (thing.kind is None and kind not in LIVING)):
             return False
     return True
 
 
 @lru_cache(maxsize=1)
 def _labels() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(name, its kind) of every cut-out, and (kind, kind)."""
-    names = sorted({(thing.name, str(thing.kind)) for thing in sources.cutouts()})
-    return names, sorted({(kind, kind) for _, kind in names})
+    """(name, its kind, "" if it has none) of every cut-out and crop, and (kind, kind)."""
+    names = sorted({(thing.name, thing.kind or "") for thing in (*sources.cutouts(), *sources.crops())})
+    return names, sorted({(kind, kind) for _, kind in names if kind})
 
 
 def _some_labels(rng: np.random.Generator, n: int = 4) -> list[tuple[str, str]]:
@@ -290,3 +298,7 @@ def accepted(question: Question) -> tuple[str, ...]:
         return ()
     photo = sources.asked_photos()[int(index)]
     return (photo.name, *photo.also) if question.kind == "name" else photo.kind
+
+
+__all__ = ["accepted", "ask", "class_names", "images", "patch_words", "picture", "prepare", "questions", "sample_questions",
+           "scene", "some_crops", "version"]  # fmt: skip

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,8 +32,10 @@ if TYPE_CHECKING:  # reading a list of tasks must not cost seconds of imports
     from htc_vlm.tiny.tower import EfficientNetLiteModel
 
 CROPS = "crops.json"
-SURE = 0.6  # probability from which the tower's class is taken as a crop's name
+SURE = 0.5  # probability from which the tower's class is taken as a crop's name
+CROPS_OF_A_PHOTO = 30
 LARGEST = 640  # pixels of the longer side of a photo in memory
+UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
 ANSWERS = Path(__file__).parent / "photo_answers.json"
 # Folder of Tux Paint's stamps -> kind of thing; the first that fits.
 STAMPS = {
@@ -44,12 +46,47 @@ STAMPS = {
     "hobbies/music": "musical instrument", "sports": "sports item",
 }  # fmt: skip
 PICTOGRAMS = {"bug": "insect", "dish": "food", "clothing": "piece of clothing", "instrument": "musical instrument"}
-# ImageNet's classes stand in the order of WordNet: (first, last, kind of thing).
-CLASSES = (
-    (0, 6, "fish"), (7, 24, "bird"), (25, 79, "animal"), (80, 100, "bird"), (101, 106, "mammal"), (107, 126, "animal"),
-    (127, 146, "bird"), (147, 299, "mammal"), (300, 326, "insect"), (330, 388, "mammal"), (389, 397, "fish"),
-    (948, 957, "fruit"),
-)  # fmt: skip
+# Kind of thing -> numbers of ImageNet's classes (WordNet's order). A class that is in none has a name only.
+CLASSES = {
+    "fish": "0-6 389-397",
+    "bird": "7-24 80-100 127-146",
+    "animal": "25-79 107-126",
+    "mammal": "101-106 147-299 330-388",
+    "insect": "300-326",
+    "vehicle": (
+        "403-405 407 408 436 444 450 466 468 472 484 510 511 537 547 554 555 561 565 569 573 575 576 586 "
+        "603 609 612 625 627 628 654 656 661 665 670 671 675 690 705 717 724 734 751 757 779 780 802 803 "
+        "812 814 817 820 829 833 847 864 866 867 870 871 874 880 895 914"
+    ),
+    "building": (
+        "415 424 425 437 442 449 454 467 483 497 498 500 538 580 582 624 634 663 668 682 698 727 743 762 "
+        "788 821 832 839 860 865 873 888 900 915"
+    ),
+    "piece of clothing": (
+        "399 400 411 433 439 445 451 452 457 459 461 474 496 501 502 514 515 518 529 552 560 568 578 601 "
+        "608 610 614 615 617 630 638 639 652 655 658 667 689 697 715 735 770 774 775 793 796 806 808 824 "
+        "834 836 837 841 842 869 887 906"
+    ),
+    "musical instrument": (
+        "401 402 420 432 486 494 513 541 546 558 566 577 579 593 594 641 642 683 684 687 699 776 822 875 "
+        "881 889"
+    ),
+    "sports item": "416 422 429 430 522 543 574 602 722 746 747 752 768 795 805 852 890",
+    "tool": "473 499 512 587 596 623 677 726 730 731 740 783 784 792",
+    "household item": (
+        "412 414 423 431 434 435 440 441 453 462 463 470 492 493 495 504 505 516 520 521 526 532-534 539 "
+        "544 545 548 550 553 556 559 564 567 572 588 589 606 618 619 631 637 648 651 653 659 692 700 703 "
+        "709-711 719-721 725 728 729 737 738 750 760 761 765 766 773 794 799 804 809 813 827 828 831 846 "
+        "848 849 851 859 861 868 876 879 882 883 892 894 896-899 901 904 905 907 909 910 923 968 999"
+    ),
+    "vegetable": "936-946",
+    "fruit": "948-957",
+    "food": "924-935 959-965",
+    "drink": "966 967 969",
+    "plant": "984-990",
+    "landscape": "970 972-980",
+    "person": "981-983",
+}
 CAPTION = re.compile(r"^An? ([A-Za-z '-]+?)[.!(]")
 LEFT_OUT = ("very ", "colorful ", "ripe ", "big ", "huge ", "large ")  # at the begin of a name
 
@@ -164,7 +201,7 @@ def drawing(thing: Thing) -> Image.Image:
 def photos() -> list[tuple[str, int]]:
     """(file, crops to look at) of every picture that may be cropped: photos in parts too, drawings whole."""
     root = folder()
-    found = [(file, 12) for file in backgrounds()]
+    found = [(file, CROPS_OF_A_PHOTO) for file in backgrounds()]
     for name in ("categorization", "explore_monuments", "explore_world_animals", "explore_farm_animals", "instruments"):
         file = f"usr/share/gcompris-qt/rcc/{name}.rcc"
         if (root / file).is_file():
@@ -175,32 +212,46 @@ def photos() -> list[tuple[str, int]]:
     return found
 
 
+def looked_at(limit: int | None = None) -> Iterator[list[Thing]]:
+    """The nameless crops of each picture, the whole picture first. limit: of so many pictures only, evenly spread."""
+    every = photos()
+    rng = np.random.default_rng(0)
+    for file, n_crops in every[:: max(1, len(every) // limit)] if limit else every:
+        boxes = [(0.0, 0.0, 1.0, 1.0), *(_box(rng) for _ in range(n_crops - 1))]
+        yield [Thing(file, "", None, box) for box in boxes]
+
+
+def some_crops(n: int) -> Iterator[Image.Image]:
+    """n RGB crops of photos and drawings, drawn evenly from `looked_at`; fewer where there are not so many readable ones."""
+    every = [crop for crops_of_one in looked_at() for crop in crops_of_one]
+    for i in np.random.default_rng(1).permutation(len(every))[:n]:
+        try:
+            yield on_white(drawing(every[int(i)]))
+        except UNREADABLE:
+            continue
+
+
 def label_crops(tower: EfficientNetLiteModel, head: tuple[Tensor, Tensor], limit: int | None = None) -> int:
     """Name crops of all photos by the tower's ImageNet head (weight, bias) and write those it is SURE of to crops.json.
 
-    limit: look at so many pictures only, evenly spread. Returns how many crops were kept. Unreadable pictures are passed over.
+    limit: see `looked_at`. Returns how many crops were kept. Unreadable pictures are passed over.
     """
     import torch
 
     from htc_vlm.tiny.features import load_picture
 
     names, kept = class_names(), []
-    every = photos()
-    rng = np.random.default_rng(0)
-    for file, n_crops in every[:: max(1, len(every) // limit)] if limit else every:
+    for looked in looked_at(limit):
         try:
-            boxes = [(0.0, 0.0, 1.0, 1.0), *(_box(rng) for _ in range(n_crops - 1))]
-            looked = [Thing(file, "", None, box) for box in boxes]
             shown = [load_picture(on_white(drawing(crop)), tower.config.image_size).pixel_values for crop in looked]
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             continue
         with torch.inference_mode():
             pooled = tower.maps(torch.stack(shown))[0].mean(dim=(2, 3))
         shares, classes = (pooled @ head[0].T + head[1]).softmax(-1).max(-1)
         for crop, share, number in zip(looked, shares.tolist(), classes.tolist(), strict=True):
             if share >= SURE:
-                kind = next((kind for first, last, kind in CLASSES if first <= number <= last), None)
-                kept.append(Thing(file, names[number], kind, crop.box))
+                kept.append(Thing(crop.file, names[number], class_kind(number), crop.box))
     write_json(folder() / CROPS, [asdict(thing) for thing in kept])
     crops.cache_clear()
     return len(kept)
@@ -226,10 +277,36 @@ def crops() -> tuple[Thing, ...]:
     return tuple(Thing(**{**row, "box": tuple(row["box"])}) for row in json.loads(file.read_text(encoding="utf-8")))
 
 
-def class_names() -> list[str]:
-    """ImageNet's 1,000 class names, lower case, without the synonyms after a comma."""
+@lru_cache(maxsize=1)
+def class_names() -> tuple[str, ...]:
+    """What ImageNet's 1,000 classes are called, lower case: the first of the synonyms, or the one that says it more fully."""
     file = folder() / "usr/share/doc/opencv-doc/examples/data/dnn/classification_classes_ILSVRC2012.txt"
-    return [line.split(",")[0].strip().lower() for line in file.read_text(encoding="utf-8").splitlines()]
+    return tuple(fullest(line.lower().split(",")) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def fullest(synonyms: Sequence[str]) -> str:
+    """The first synonym, or one of up to three words that begins or ends with it.
+
+    >>> fullest(["monarch", " monarch butterfly", " milkweed butterfly"]), fullest(["lion", " king of beasts"])
+    ('monarch butterfly', 'lion')
+    """
+    first, *others = (synonym.strip() for synonym in synonyms)
+    fuller = (name for name in others if name.startswith(f"{first} ") or name.endswith(f" {first}"))
+    return next((name for name in fuller if len(name.split()) <= 3), first)
+
+
+@lru_cache(maxsize=1000)
+def class_kind(number: int) -> str | None:
+    """The kind of thing that a class of ImageNet is; None where it is none of ours.
+
+    >>> class_kind(281), class_kind(967), class_kind(971)      # tabby, espresso, bubble
+    ('mammal', 'drink', None)
+    """
+    for kind, numbers in CLASSES.items():
+        for first, _, last in (part.partition("-") for part in numbers.split()):
+            if int(first) <= number <= int(last or first):
+                return kind
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ the test photos

@@ -211,7 +211,10 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
                 f"pixel_values are {tuple(pixel_values.shape)}; this tower takes "
                 f"(B, {self.config.num_channels}, {size}, {size}): resize them, or load a tower of another image_size"
             )
-        coarse, fine = self.maps(pixel_values.to(self.stem.weight.dtype))
+        return self.patches_of(*self.maps(pixel_values.to(self.stem.weight.dtype)))
+
+    def patches_of(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """What `maps` gives -> (B, P, feature_dim), float32."""
         maps = [coarse, F.pixel_unshuffle(fine, FOLD)]  # each (B, channels, S/32, S/32)
         patches = [one.flatten(2).transpose(1, 2).float() for one in maps]  # each (B, P, channels)
         # Each map alone: the fine one has eight times the spread of the coarse one, whose meanings would drown in it.

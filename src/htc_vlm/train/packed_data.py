@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from htc_vlm.tiny.align_patches import align_words, name_table
+from htc_vlm.tiny.align_patches import align_words, name_table, told_by_head
 from htc_vlm.tiny.features import FeatureCache, fill, meta_for
 from htc_vlm.tiny.packed import Source, codes_of
+from htc_vlm.tiny.tower import imagenet_head
 from htc_vlm.train import presets
 
 CODE_PICTURE_SIZE = 160
@@ -102,12 +103,17 @@ def align_patches(preset: dict[str, Any], model: Any, processor: Any, sources: l
         raise ValueError(f"words.task is {settings.task!r}; tasks in this preset that know a patch's words: {', '.join(able)}")
     ids, n_side = module.images("train"), round(source.cache.meta.n_patches**0.5)
     words = [module.patch_words(image_id, n_side) for image_id in ids[: len(source.cache)]]
-    vocabulary, table = processor.tokenizer.get_vocab(), None
+    vocabulary, table, told = processor.tokenizer.get_vocab(), None, None
+    if settings.told:
+        if not hasattr(module, "some_crops"):
+            raise ValueError(f"words.told is {settings.told}; {settings.task} has no photos to crop (photo has): leave it out")
+        told = told_by_head(model.model.vision_tower, imagenet_head(), module.some_crops(settings.told))
     if "language_model" in preset:  # pretrained: its words stay as they are, and a name may be several tokens
-        names = sorted({name for row in words for patch in row for name in patch})
+        names = list(module.class_names()) if told else []
+        names += sorted({name for row in words for patch in row for name in patch} - set(names))
         vocabulary = {name: i for i, name in enumerate(names)}
         table = name_table(names, processor.tokenizer, model.get_input_embeddings().weight)
-    loss = align_words(model, source.cache, words.__getitem__, vocabulary, settings, seed, table)
+    loss = align_words(model, source.cache, words.__getitem__, vocabulary, settings, seed, table, told)
     print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
 
 

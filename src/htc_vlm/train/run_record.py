@@ -33,11 +33,19 @@ def record_of(preset: Mapping[str, Any], stage: str, files: Mapping[str, str | P
     settings = {name: value for name, value in asdict(block).items() if name not in FREE}
     own = {name: value for name, value in preset["stages"][stage].items() if name in presets.STAGE_KEYS}
     shared = {name: value for name, value in preset.items() if name not in ("stages", "name", "data")}
-    data = [{**part, **({"json": _digest(Path(part["json"]))} if part.get("json") else {})} for part in preset["data"]]
+    data = [{**part, **_drawn_from(part)} for part in preset["data"]]
     parts = {"stage": stage, "data": [{k: v for k, v in part.items() if k != "image_folder"} for part in data], **shared}
     named = {f"--{name}": _identity(path) for name, path in files.items() if path is not None}
     found: dict[str, Any] = json.loads(json.dumps({**parts, **{f"stages.{stage}": {**settings, **own}}, **named}))
     return _flat(found)
+
+
+def _drawn_from(part: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that decide what a part's pictures and questions are; {} where its code alone does."""
+    if part.get("json"):
+        return {"json": _digest(Path(part["json"]))}
+    module = presets.task_module(part["task"])
+    return {"version": module.version()} if hasattr(module, "version") else {}
 
 
 def check(output: Path, record: Mapping[str, Any]) -> None:

@@ -58,6 +58,8 @@ def train_stage(
     settings = presets.loop_settings(block)
     lora = None if block.get("lora") is None else settings_from(block["lora"])
     files = {"start": start, "mgvq": mgvq, "teacher": teacher, "vision": vision}
+    if data_root is not None:
+        os.environ["HTC_VLM_DATA"] = str(data_root)
     record = record_of(preset, stage_name, files)
     check(output, record)
     report = finished(output, settings.steps)
@@ -65,8 +67,6 @@ def train_stage(
         print(f"{output}: trained already ({settings.steps} steps); nothing to do", flush=True)
         return report
     preset = {**preset, "n_text": block.get("n_text", preset.get("n_text"))}
-    if data_root is not None:
-        os.environ["HTC_VLM_DATA"] = str(data_root)
     model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed, vision)
     if settings.distill_weight and teacher is None:
         raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
