@@ -39,6 +39,13 @@ def test_a_name_that_does_not_ship_names_those_that_do(monkeypatch: pytest.Monke
         load("tiny")
 
 
+def test_what_is_no_name_is_told_so() -> None:
+    """A variable that was never set, for example: pathlib's own message speaks of neither folders nor names."""
+    for wrong in (None, 7, b"tiny"):
+        with pytest.raises(TypeError, match="takes a folder or a name, not .*tiny"):
+            load(wrong)  # type: ignore[arg-type]
+
+
 def test_a_folder_of_the_same_name_does_not_hide_a_shipped_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`runs/` often holds a folder called tiny; only one with a config.json is a checkpoint."""
     (tmp_path / "here" / "tiny").mkdir(parents=True)

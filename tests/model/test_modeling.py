@@ -145,7 +145,7 @@ def test_compress_is_refused_where_there_is_nothing_to_keep() -> None:
         model = shared({"name": name})
         with pytest.raises(ValueError, match=f"'{name}' has no bottleneck"):
             model.compress(pixel_values=pixels(1))
-        with pytest.raises(ValueError, match="no bottleneck"):
+        with pytest.raises(ValueError, match="no bottleneck, so nothing looked at the image"):
             model.bottleneck_attention(pixel_values=pixels(1))
 
 

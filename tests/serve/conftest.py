@@ -77,9 +77,9 @@ class Server(TestClient):
     def chat(self, question: str, *urls: str, **options: Any) -> Any:
         return self.post("/v1/chat/completions", json=ask(question, *urls, **options))
 
-    def keep(self, number: int) -> str:
+    def keep(self, number: int, **params: str) -> str:
         """Adds a scene to the store; `htc:ID`."""
-        response = self.post("/v1/images", content=png(number), headers={"Content-Type": "image/png"})
+        response = self.post("/v1/images", content=png(number), headers={"Content-Type": "image/png"}, params=params)
         assert response.status_code == 200, response.text
         return "htc:" + response.json()["id"]
 

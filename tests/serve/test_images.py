@@ -52,6 +52,16 @@ def test_a_removed_picture_is_gone_and_can_come_back(client: Server) -> None:
     assert client.keep(60) == url and text(client.chat(QUESTION, url))
 
 
+def test_a_picture_is_shown_and_removed_by_its_name(client: Server) -> None:
+    """A folder's pictures are named by their paths; DELETE took ids only, and a path of two parts led nowhere."""
+    url = client.keep(62, name="album/a cat.png")
+    path = "/v1/images/album%2Fa%20cat.png"
+    assert client.get(path).json()["id"] == url.removeprefix("htc:")
+    assert client.delete(path).json() == {"id": url.removeprefix("htc:"), "object": "image", "deleted": True}
+    for gone in (path, "/v1/images/nobody", "/v1/images/"):
+        assert client.delete(gone).status_code == 404
+
+
 def test_a_picture_that_is_removed_after_its_question_was_taken_is_still_answered(client: Server) -> None:
     """vLLM 33865: evicted between lookup and use, and the whole engine died."""
     url = client.keep(61)

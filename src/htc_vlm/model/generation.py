@@ -100,7 +100,7 @@ class GeneratesOverKv(GenerationMixin):
     @torch.no_grad()
     def bottleneck_attention(self, pixel_values: Tensor | None = None, **inputs: Any) -> Tensor:
         """What each bottleneck token looked at: (N, layers, H, K, C + K), rows sum to 1; from `compress`'s pass."""
-        self._need_bottleneck()
+        self._need_bottleneck("so nothing looked at the image")
         return self._attention_over(self.image_groups(pixel_values=pixel_values, **inputs))
 
     def _attention_over(self, groups: list[Group]) -> Tensor:
@@ -114,11 +114,11 @@ class GeneratesOverKv(GenerationMixin):
         """(N, P) uint8, where the bottleneck looked."""
         return byte_maps(self.config.compressor, self._attention_over(groups))
 
-    def _need_bottleneck(self) -> None:
+    def _need_bottleneck(self, lacks: str = "so there are no kv to keep") -> None:
         if not self._compressor.n_bottleneck:
             raise ValueError(
-                f"compressor {self._compressor.name!r} has no bottleneck, so there are no kv to keep; "
-                "use voco or htc, or call generate with pixel_values"
+                f"compressor {self._compressor.name!r} has no bottleneck, {lacks}; "
+                "use voco, htc or readers, or call generate with pixel_values"
             )
 
     def recipe(self, image_processor: Any = None) -> Recipe:

@@ -131,6 +131,8 @@ def load_processor(folder: Path, config: Any) -> Any:
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """A folder with a checkpoint as it is, or a shipped one by name. FileNotFoundError lists what there is."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"load takes a folder or a name, not {name_or_path!r}; shipped: {', '.join(shipped()) or 'none'}")
     path = Path(name_or_path)
     if (path / "config.json").is_file():
         return path

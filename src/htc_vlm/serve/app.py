@@ -210,15 +210,14 @@ async def list_images(
     return {"object": "list", "data": entries[:limit], "has_more": len(entries) > limit, "total": await pictures.count()}
 
 
-@routes.get("/v1/images/{key}")
+@routes.get("/v1/images/{key:path}")
 async def get_image(key: str, request: Request) -> dict[str, Any]:
     return await _server(request).pictures.describe(key)
 
 
-@routes.delete("/v1/images/{key}")
+@routes.delete("/v1/images/{key:path}")
 async def delete_image(key: str, request: Request) -> dict[str, Any]:
-    await _server(request).pictures.remove(key)
-    return {"id": key, "object": "image", "deleted": True}
+    return {"id": await _server(request).pictures.remove(key), "object": "image", "deleted": True}
 
 
 # -------------------------------------------------------------------------------------------------------- the rest

@@ -127,11 +127,17 @@ class Pictures:
         self._memory.drop(key)
         return key
 
-    async def remove(self, key: str) -> None:
-        """Refusal 404 for an id that is not there."""
-        if not await self._in(self._disk, self.store.remove, [key] if ID.fullmatch(key) else []):
+    async def remove(self, key: str) -> str:
+        """By id or name; its id. Refusal 404 for what is not there."""
+        try:
+            id = key if ID.fullmatch(key) else (await self._in(self._disk, self.store.find, key)).hex()
+            found = await self._in(self._disk, self.store.remove, [id])
+        except UnknownImageError:
+            found = 0
+        if not found:
             raise Refusal(404, f"no image {key!r} in the store", "image_not_found")
-        self._memory.drop(key)
+        self._memory.drop(id)
+        return id
 
     async def list(self, limit: int, after: str | None) -> list[dict[str, Any]]:
         """What the store has, oldest first, behind the id `after`. Refusal 400 for one that is not there."""
