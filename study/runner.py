@@ -166,8 +166,11 @@ def train_fast(job: Job, study: Study) -> dict[str, Any]:
 def load_trained(job: Job, study: Study) -> tuple[Any, Any]:
     """(model, processor) to evaluate, on the study's device."""
     experiment = job.experiment
-    if experiment.is_trained:
-        model, processor = load(job.folder(study) / "train" / "model")
+    trained = job.folder(study) / "train"
+    if experiment.run is not None and fast_run(experiment, job.seed).lora is not None:
+        model, processor = load(str(experiment.start), adapter=trained / "adapter")
+    elif experiment.is_trained:
+        model, processor = load(trained / "model")
     elif needs_quantizer(experiment.compressor):
         mgvq = quantizer_of(str(experiment.mgvq), study.work)
         model, processor = with_compressor(find(str(experiment.start)), experiment.compressor, mgvq)

@@ -1,6 +1,6 @@
 """A tiny HTC-VLM with only what training needs: the language model's layers, written out for one image and a tree of questions.
 
-Source:  ours; transformers' Llama, and the compressors none, voco, htc and readers of the library.
+Source:  ours; transformers' Llama, and the compressors none, avg_pool, voco, htc and readers of the library.
 Differs: the same logits (study/tests/test_fast_trainer.py), fewer operations: questions are nodes of a tree (tree.py), the last
          layer runs only where something is answered, and for patches not at all beyond its keys and values. Projections
          that read the same states are one matrix. Everything has one static shape, so that the whole model compiles.
@@ -8,9 +8,10 @@ Differs: the same logits (study/tests/test_fast_trainer.py), fewer operations: q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from torch.nn import functional as F
 from htc_vlm import compressors
 from htc_vlm.compressors.readers import join
 
-KNOWN = "the fast trainer knows none, voco, htc and readers; channels hybrid or continuous, fusion pre, positions sequential"
+KNOWN = (
+    "the fast trainer knows none, avg_pool before the projector, voco, htc and readers; channels hybrid or continuous, fusion "
+    "pre, positions sequential"
+)
 KV = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, kv heads, n, head_dim)
 N_TURNS = 4
 
@@ -45,7 +49,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Method:
-    """How an image becomes what the text reads. n_entries 0: the patches; own_rows: rows do not share the token's embedding."""
+    """How an image becomes what the text reads. n_entries 0: the patches, or the means of n_pooled cells of them; own_rows: the
+    rows do not share the token's embedding."""
 
     n_entries: int
     n_readers: int
@@ -54,6 +59,7 @@ class Method:
     patches_look_back: bool
     budgets: tuple[int, ...]
     has_anchors: bool
+    n_pooled: int = 0
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -61,10 +67,13 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     built: Any = compressors.build(**settings)
     if built.name == "none":
         return Method(0, 1, 1, False, True, (0,), False)
+    if built.name == "avg_pool" and built.settings.place == "before_projector":
+        return Method(0, 1, 1, False, True, (0,), False, n_pooled=built.settings.n_tokens)
     given, default = built.settings, {"channels": "continuous", "fusion": "pre", "anchor_source": "quantized"}
     found = {name: getattr(given, name, value) for name, value in default.items()}
     known = built.name in ("voco", "htc", "readers") and found["channels"] in ("hybrid", "continuous")
-    known = known and found["fusion"] == "pre" and found["anchor_source"] != "shuffled" and given.positions == "sequential"
+    known = known and found["fusion"] == "pre" and found["anchor_source"] != "shuffled"
+    known = known and getattr(given, "positions", "") == "sequential"
     has_anchors = found["channels"] == "hybrid"
     if not known or (has_anchors and found["anchor_source"] == "learnt"):
         raise ValueError(f"{dict(settings)}: {KNOWN}; train others with htc-vlm train")
@@ -94,10 +103,54 @@ class Layer(nn.Module):
         self.mlp_norm = nn.Parameter(torch.ones(shape.width))
 
 
-class FastModel(nn.Module):
-    """The trained weights of a tiny model (weights.py names their places in the library's), zero until they are loaded."""
+class Weights(NamedTuple):
+    """The weights of a layer as an image is read through it: `Layer`'s, changed."""
 
-    def __init__(self, shape: Shape, method: Method, reads_turn: bool = False) -> None:
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    attention_norm: Tensor
+    mlp_norm: Tensor
+
+
+class Lora(nn.Module):
+    """Low-rank changes of one layer's seven matrices, by the name that the matrix has in a Llama."""
+
+    def __init__(self, shape: Shape, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale, n_q, n_kv = scale, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+        self.sizes = {
+            "q_proj": (n_q, shape.width), "k_proj": (n_kv, shape.width), "v_proj": (n_kv, shape.width),
+            "o_proj": (shape.width, n_q), "down_proj": (shape.width, shape.mlp_width),
+            "gate_proj": (shape.mlp_width, shape.width), "up_proj": (shape.mlp_width, shape.width),
+        }  # fmt: skip
+        for name, (n_out, n_in) in self.sizes.items():
+            self.register_parameter(f"{name}_a", nn.Parameter(torch.zeros(rank, n_in)))
+            self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(n_out, rank)))
+
+    def change(self, *names: str) -> Tensor:
+        """What is added to matrices that stand one below the other."""
+        return torch.cat([getattr(self, f"{name}_b") @ getattr(self, f"{name}_a") for name in names]) * self.scale
+
+    def of(self, layer: Any) -> Weights:
+        """The layer with the changes added."""
+        return Weights(
+            layer.qkv + self.change("q_proj", "k_proj", "v_proj"), layer.out + self.change("o_proj"),
+            layer.gate_up + self.change("gate_proj", "up_proj"), layer.down + self.change("down_proj"),
+            layer.attention_norm, layer.mlp_norm,
+        )  # fmt: skip
+
+
+class FastModel(nn.Module):
+    """The trained weights of a tiny model (weights.py names their places in the library's), zero until they are loaded.
+
+    lora: (rank, scale) of an adapter, at work only while an image is read; then the layers and the projector do not learn.
+    """
+
+    def __init__(
+        self, shape: Shape, method: Method, reads_turn: bool = False, lora: tuple[int, float] | None = None
+    ) -> None:
         super().__init__()
         self.shape, self.method, width = shape, method, shape.width
         self.embedding = nn.Parameter(torch.zeros(shape.n_words, width))
@@ -113,6 +166,12 @@ class FastModel(nn.Module):
             self.anchors_2 = nn.Linear(shape.anchor_width, shape.anchor_width, bias=False)
         if reads_turn:
             self.turn_head = nn.Linear(width, N_TURNS)
+        self.lora = None
+        if lora is not None:
+            for weight in (self.embedding, self.norm, *self.layers.parameters(), *self.project_1.parameters()):
+                weight.requires_grad_(False)
+            self.project_2.requires_grad_(False)
+            self.lora = nn.ModuleList(Lora(shape, *lora) for _ in range(shape.n_layers))
 
     def forward(
         self, features: Tensor, code: Tensor, ids: Tensor, depth: Tensor, visible: Tensor, at: Tensor, n_entries: int
@@ -123,28 +182,33 @@ class FastModel(nn.Module):
         Returns logits (B, A, words) and the patches' states before the last layer (B, P, D), normalised.
         """
         visual = self.visual_tokens(features, code)
-        image, states = self.run_visual(visual)
+        layers = self.layers if self.lora is None else [lora.of(one) for lora, one in zip(self.lora, self.layers, strict=True)]
+        image, states = self.run_visual(visual, layers)
         n_before = visual.shape[1] + n_entries
         if n_entries:
-            image = self.read(image, len(features), n_entries)
+            image = self.read(image, len(features), n_entries, layers)
         logits = self.answer(image, n_before, ids, depth, visible, at)
         return logits, self.normed(states[:, -features.shape[1] :], self.norm)
 
     def visual_tokens(self, features: Tensor, code: Tensor) -> Tensor:
-        """(B, C, D): projected patches, the anchors before them."""
+        """(B, C, D): projected patches, the anchors before them; or the means of cells."""
+        if self.method.n_pooled:
+            n_side, side = math.isqrt(self.method.n_pooled), math.isqrt(features.shape[1])
+            grid = features.transpose(1, 2).unflatten(2, (side, side))
+            features = F.adaptive_avg_pool2d(grid, n_side).flatten(2).transpose(1, 2)
         patches = self.project_2(F.gelu(self.project_1(features)))
         if not self.method.has_anchors:
             return patches
         anchors = F.gelu(self.anchors_2(F.gelu(self.anchors_1(code)))).unflatten(1, (-1, self.shape.width))
         return torch.cat((anchors, patches), dim=1)
 
-    def run_visual(self, visual: Tensor) -> tuple[list[KV], Tensor]:
+    def run_visual(self, visual: Tensor, layers: Sequence[Any]) -> tuple[list[KV], Tensor]:
         """Keys and values of every layer, and the states that enter the last one."""
         length, kept = visual.shape[1], []
         turn = self.rotation(torch.arange(length, device=visual.device))
         past = torch.ones(length, length, dtype=torch.bool, device=visual.device).tril()
         states = visual
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(layers):
             q, k, v = self.qkv(layer, states)
             k = rotate(k, turn)
             kept.append((k, v))
@@ -157,7 +221,7 @@ class FastModel(nn.Module):
             states = self.mlp(layer, states + F.linear(mixed, layer.out))
         return kept, states
 
-    def read(self, image: list[KV], n_images: int, n_entries: int) -> list[KV]:
+    def read(self, image: list[KV], n_images: int, n_entries: int, layers: Sequence[Any]) -> list[KV]:
         """Rows that look at the visual tokens, in several looks -> the entries of every layer."""
         method = self.method
         first = self.rows if method.own_rows else self.embedding[self.shape.bottleneck_id].expand(n_entries, -1)
@@ -171,7 +235,7 @@ class FastModel(nn.Module):
             if look:
                 rows = first + F.linear(self.normed(rows, self.norm), self.look_again)
             kept = []
-            for layer, (keys, values) in zip(self.layers, image, strict=True):
+            for layer, (keys, values) in zip(layers, image, strict=True):
                 q, k, v = self.qkv(layer, rows)
                 k = rotate(k, turn)
                 kept.append((k, v))

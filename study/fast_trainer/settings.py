@@ -40,7 +40,9 @@ class Run:
     the first, in turn. mixtures: {until: share of the run, kinds: {kind: weight}} of the first part's questions.
     constant_share: of the steps, at the full learning rate; then it falls linearly. loss_weights: of the answers, by kind of
     question, 1 where nothing is said; `end` is the token that ends an answer, taught after each end_every-th answer.
-    turn_loss: weight of a second loss, that a linear layer reads the turn of a thing off its patches; 0: none.
+    lora: settings of an adapter (model/adapter.py::LoraSettings) that learns in place of the language model and the projector,
+    and acts only while an image is read. turn_loss: weight of a second loss, that a linear layer reads the turn of a thing off
+    its patches; 0: none.
     watch: name -> task, split, images: right answers by kind every measure_every steps.
     """
 
@@ -50,6 +52,7 @@ class Run:
     preset: str = "tiny"
     start: str | None = None
     mgvq: str | None = None
+    lora: dict[str, Any] | None = None
     data: tuple[dict[str, Any], ...] = ()
     other_every: int = 7
     mixtures: tuple[dict[str, Any], ...] = ()

@@ -44,6 +44,8 @@ def export_state(folder: Path, out: Path, n_entries: int | None = None) -> int:
     """A run's last saved state as a checkpoint folder; the step. n_entries: only the first of an elastic model's."""
     saved = state.read(folder)
     run = make_run(saved["settings"], folder / state.STATE)
+    if run.lora is not None:
+        raise ValueError(f"{folder}: an adapter, which leaves no checkpoint of its own; load(START, adapter={folder}/adapter)")
     if n_entries is not None:
         run, rows = first_entries(run, n_entries), saved["model"]["rows"]
         saved["model"]["rows"] = rows[: n_entries * method_of(run.compressor).n_readers]

@@ -72,7 +72,8 @@ def is_done(folder: Path, run: Run) -> bool:
 
 def finished(folder: Path, run: Run) -> dict[str, Any] | None:
     """The report of a run that is done to its last file; None for others. ValueError: done with other settings."""
-    if not (folder / REPORT).is_file() or not (folder / "model" / "config.json").is_file() or not is_done(folder, run):
+    left = folder / "model" / "config.json" if run.lora is None else folder / "adapter" / "adapter.json"
+    if not (folder / REPORT).is_file() or not left.is_file() or not is_done(folder, run):
         return None
     check(folder, run, resume=True)
     report: dict[str, Any] = json.loads((folder / REPORT).read_text())

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from htc_vlm.files import write_json
+from htc_vlm.model import adapter
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.loading import find
+from htc_vlm.settings import make
 from htc_vlm.tiny.align_patches import align_words
 from htc_vlm.train import presets
 from htc_vlm.train.loop import plot_loss
@@ -35,7 +37,8 @@ from study.jobs import needs_quantizer, quantizer_of
 
 
 def train(run: Run, folder: Path, cache: Path, data_root: Path | None = None, resume: bool = False) -> dict[str, Any]:
-    """Train into `folder` -> the report. It leaves model/ (a checkpoint), state.pt, metrics.jsonl, report.json, loss.png.
+    """Train into `folder` -> the report. It leaves model/ (a checkpoint; with `lora` adapter/), state.pt, metrics.jsonl,
+    report.json and loss.png.
 
     cache: the tower's features, codes and questions, computed where they are missing. ValueError where the folder holds a run
     and `resume` is not set, or one with other settings.
@@ -54,7 +57,7 @@ def train(run: Run, folder: Path, cache: Path, data_root: Path | None = None, re
         align(run, library, tokenizer, sets[0])
     model = fast_model(library, reads_turn=run.turn_loss > 0, seed=run.seed)
     loop(run, folder, model, sets, watched, tokenizer.eos_token_id)
-    export(model, library, processor, folder / "model")
+    export(model, library, processor, folder / ("model" if run.lora is None else "adapter"))
     note = state.read(folder)["settings"]["note"]
     right = {name: right_answers(model, one, method.n_entries) for name, one in watched.items()}
     report = report_of(replace(run, note=run.note or note), folder, right)
@@ -76,7 +79,10 @@ def starting_model(run: Run, work: Path) -> tuple[Any, Any]:
         if run.mgvq is None:
             raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
         mgvq = quantizer_of(run.mgvq, work)
-    return with_compressor(find(run.start), run.compressor, mgvq, dtype=torch.float32)
+    model, processor = with_compressor(find(run.start), run.compressor, mgvq, dtype=torch.float32)
+    if run.lora is not None:
+        adapter.add(model, make(adapter.LoraSettings, run.lora, where="lora: "))
+    return model, processor
 
 
 def align(run: Run, library: Any, tokenizer: Any, pictures: Pictures) -> None:
@@ -93,8 +99,9 @@ def align(run: Run, library: Any, tokenizer: Any, pictures: Pictures) -> None:
 
 def optimizer_of(run: Run, model: nn.Module) -> torch.optim.AdamW:
     """AdamW; vectors do not decay."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    learns = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in learns if weight.ndim > 1]
+    vectors = [weight for weight in learns if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": run.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, run.beta2), fused=True)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from htc_vlm.model import adapter
 from htc_vlm.train.saving import save_rounded
 from study.fast_trainer.model import FastModel, Method, Shape, method_of
 
@@ -28,8 +29,8 @@ class Place(NamedTuple):
     rows: slice = slice(None)
 
 
-def places(shape: Shape, method: Method) -> list[Place]:
-    """Where every trained weight stands in both."""
+def places(shape: Shape, method: Method, has_lora: bool = False) -> list[Place]:
+    """Where every trained weight stands in both; has_lora: the library's model carries an adapter."""
     found = [Place("embedding", f"{LLAMA}embed_tokens.weight"), Place("norm", f"{LLAMA}norm.weight")]
     n_q, n_kv, n_mlp = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.mlp_width
     parts = {
@@ -45,7 +46,12 @@ def places(shape: Shape, method: Method) -> list[Place]:
     }
     for number in range(shape.n_layers):
         for library, (fast, rows) in parts.items():
-            found.append(Place(f"layers.{number}.{fast}", f"{LLAMA}layers.{number}.{library}.weight", rows))
+            there = f"{LLAMA}layers.{number}.{library}"
+            is_matrix = has_lora and library.endswith("_proj")
+            found.append(Place(f"layers.{number}.{fast}", f"{there}{'.base_layer' if is_matrix else ''}.weight", rows))
+            if is_matrix:
+                mine = f"lora.{number}.{library.split('.')[1]}"
+                found += [Place(f"{mine}_{p.lower()}", f"{there}.lora_{p}.{adapter.NAME}.weight") for p in "AB"]
     for number in (1, 2):
         found += [Place(f"project_{number}.{part}", f"{PROJECTOR}{number}.{part}") for part in ("weight", "bias")]
         if method.has_anchors:
@@ -78,10 +84,15 @@ def shape_of(model: Any) -> Shape:
 def fast_model(model: Any, reads_turn: bool = False, seed: int = 0) -> FastModel:
     """A library model's weights as a fast model; the head for turns, which the library lacks, is drawn by the seed."""
     shape, method = shape_of(model), method_of(model.config.compressor)
+    if reads_turn and method.n_pooled:
+        raise ValueError("turn_loss reads the turn of a thing off its patches, and avg_pool hands none on; set turn_loss: 0")
+    lora = None
+    if (about := getattr(model, "adapter", None)) is not None:
+        lora = (about["lora"]["rank"], about["lora"]["alpha"] / about["lora"]["rank"])
     torch.manual_seed(seed)
-    made = FastModel(shape, method, reads_turn)
+    made = FastModel(shape, method, reads_turn, lora)
     mine, theirs = made.state_dict(), model.state_dict()
-    for place in places(shape, method):
+    for place in places(shape, method, lora is not None):
         mine[place.fast][place.rows] = theirs[place.library]
     return made
 
@@ -89,12 +100,17 @@ def fast_model(model: Any, reads_turn: bool = False, seed: int = 0) -> FastModel
 def library_weights(model: FastModel) -> dict[str, Tensor]:
     """The trained weights under the library's names."""
     mine = model.state_dict()
-    return {place.library: mine[place.fast][place.rows] for place in places(model.shape, model.method)}
+    found = places(model.shape, model.method, model.lora is not None)
+    return {place.library: mine[place.fast][place.rows] for place in found}
 
 
 def export(model: FastModel, library: Any, processor: Any, folder: Path) -> None:
-    """Write a checkpoint folder: `library` (what the run started from) with the trained weights, rounded to bfloat16."""
+    """Write a checkpoint folder: `library` (what the run started from) with the trained weights, rounded to bfloat16; of a run
+    with an adapter the folder of that alone."""
     own = library.state_dict()
     for name, value in library_weights(model).items():
         own[name].copy_(value)
-    save_rounded(library, processor, folder)
+    if model.lora is not None:
+        adapter.save(library, folder)
+    else:
+        save_rounded(library, processor, folder)

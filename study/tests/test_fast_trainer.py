@@ -11,10 +11,11 @@ import torch
 import yaml
 
 import htc_vlm
+from htc_vlm.model import adapter
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.loading import find
 from study.cli import train_tiny
-from study.fast_trainer import state
+from study.fast_trainer import ship, state
 from study.fast_trainer.data import cells_of_patches
 from study.fast_trainer.model import method_of
 from study.fast_trainer.questions import Pool, encode, paired, questions_of
@@ -28,6 +29,7 @@ TEXTS = ("what is at the top left ?", "what is at the top right ?", "is there a 
 CODE = {"preset": "tiny", "image_size": 160}
 METHODS: list[dict[str, Any]] = [
     {"name": "none"},
+    {"name": "avg_pool", "n_tokens": 4},
     {"name": "voco"},
     {"name": "voco", "n_bottleneck": 2, "visual_attention": "self"},
     {"name": "readers", "n_readers": 8, "n_looks": 1},
@@ -89,6 +91,26 @@ def test_logits_are_the_library_s_at_every_answer(compressor: dict[str, Any], tm
             ids = torch.tensor([[*n_image, *question.tokens]])
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **one).logits[0, -1]
             torch.testing.assert_close(fast[row, place], logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_looks", [1, 2])
+def test_an_adapter_acts_while_the_image_is_read_and_the_text_runs_through_the_base(n_looks: int, tmp_path: Path) -> None:
+    """Against the library's adapter, whose own tests hold its base's logits equal; the base itself answers otherwise."""
+    model, processor = real_size({"name": "readers", "n_readers": 8, "n_looks": n_looks}, tmp_path)
+    images, plain = image_of(model, n=1), None
+    trees = grow([asked_of(processor.tokenizer)], n_text=30, n_answers=5, end_id=1)
+    plain = fast_logits(model, images, trees)
+    adapter.add(model, adapter.LoraSettings(rank=4, alpha=8))
+    for name, weight in model.named_parameters():
+        if adapter.is_adapter_weight(name):
+            weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) / 10
+    fast = fast_logits(model, images, trees)
+    assert (fast - plain).abs().max() > 0.1
+    for place, question in enumerate(asked_of(processor.tokenizer)):
+        ids = torch.tensor([[*[model.config.image_token_id] * 36, model.config.bottleneck_token_id, *question.tokens]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0, -1]
+        torch.testing.assert_close(fast[0, place], logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -245,6 +267,35 @@ def test_the_checkpoint_holds_what_was_trained_and_loads(compressor: dict[str, A
     report = yaml.safe_load((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 2 and set(report["right"]["seen"]) > {"score", "exist"}
     assert (tmp_path / "run" / "loss.png").is_file() and processor.tokenizer is not None
+
+
+def test_an_adapter_learns_and_its_base_does_not(tmp_path: Path) -> None:
+    """Its folder goes onto the stock base; only the adapter, the rows and the head for turns had a gradient."""
+    given = settings({"name": "readers", "n_readers": 2}, steps=3, lora={"rank": 2, "alpha": 4})
+    assert train(tmp_path / "run", given) == 0
+    base, _ = htc_vlm.load(given["start"])
+    model, _ = htc_vlm.load(given["start"], adapter=tmp_path / "run" / "adapter")
+    trained, kept = state.read(tmp_path / "run")["model"], model.state_dict()
+    down = kept["model.language_model.layers.1.mlp.down_proj.lora_B.image_reader.weight"]
+    assert torch.equal(down, trained["lora.1.down_proj_b"])
+    assert all(trained[f"lora.{i}.{m}_b"].abs().max() > 0 for i in (0, 1) for m in ("k_proj", "v_proj"))
+    for name, value in base.state_dict().items():
+        assert torch.equal(kept[name if name in kept else name.replace(".weight", ".base_layer.weight")], value), name
+    assert train(tmp_path / "run", given, "--resume") == 0
+    with pytest.raises(ValueError, match="no checkpoint of its own"):
+        ship.export_state(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(ValueError, match="one pass with the text"):
+        train(tmp_path / "voco", {**given, "compressor": {"name": "voco"}})
+    with pytest.raises(ValueError, match="lora: .*rnk"):
+        train(tmp_path / "typing", {**given, "lora": {"rnk": 2}})
+
+
+def test_pooled_patches_have_no_turns_to_read(tmp_path: Path) -> None:
+    """The second loss asks each patch; a pooled token has no place."""
+    given = settings({"name": "avg_pool"}, steps=2)
+    with pytest.raises(ValueError, match="turn_loss: 0"):
+        train(tmp_path / "run", given)
+    assert train(tmp_path / "other", {**given, "turn_loss": 0.0}) == 0
 
 
 def test_a_new_model_is_trained_without_a_start(tmp_path: Path) -> None:
