@@ -11,6 +11,7 @@ COMMANDS = {
     "train-and-eval": "build the missing results of the study, row by row",
     "train-tiny": "train a tiny model by the fast trainer",
     "export-tiny": "a run's state as a checkpoint",
+    "step-time": "how long a training step of some rows takes, in turn",
     "ship-tiny": "a run's checkpoint, record and evaluation into the repository",
     "table": "rebuild a table from the result files",
     "store-trials": "kill writers, flip bytes, fill a store, count points lost by dtype, run a batch",

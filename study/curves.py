@@ -32,6 +32,35 @@ def curve(file: Path) -> Curve:
     return [(row["step"], {name: right["score"] for name, right in row["right"].items()}) for row in rows if "right" in row]
 
 
+def equal_time(study: StudyTable) -> list[list[str]]:
+    """What each row had learned by the time in which the quickest makes all its steps; only the heading without step times.
+
+    Times of a step: TABLE/step_time.json (`python -m study step-time`). A row is as it was measured last before that time,
+    at a learning rate that had not fallen to its end: slower rows look worse here than a shorter run of theirs would.
+    """
+    lines = [["row", "time of a step", "steps in that time", *(watched := watched_sets(study)), "seeds"]]
+    file = study.folder / study.table.name / "step_time.json"
+    curves = records(study)
+    if not file.is_file() or not curves:
+        return lines
+    times = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    timed = {row.title: times[row.name]["median_s"] for row in study.rows if row.title in curves and row.name in times}
+    quickest = min(timed.values(), default=0.0)
+    for title, seconds in timed.items():
+        last = max(step for one in curves[title] for step, _ in one)
+        reached = [[(step, scores) for step, scores in one if step <= last * quickest / seconds] for one in curves[title]]
+        if all(reached):
+            means = [f"{sum(one[-1][1][name] for one in reached) / len(reached):.1f}" for name in watched]
+            lines.append([title, f"{seconds / quickest:.2f}", f"{reached[0][-1][0]:,}", *means, str(len(reached))])
+    return lines
+
+
+def watched_sets(study: StudyTable) -> list[str]:
+    """Names of the sets that are watched in training."""
+    every = (scores for curves in records(study).values() for one in curves for _, scores in one)
+    return list(dict.fromkeys(name for scores in every for name in scores))
+
+
 def draw_curves(study: StudyTable, file: Path) -> None:
     """A PNG: a panel for each watched set, a colour a row, a line a seed."""
     import matplotlib
@@ -40,7 +69,7 @@ def draw_curves(study: StudyTable, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = records(study)
-    names = list(dict.fromkeys(name for curves in found.values() for one in curves for _, scores in one for name in scores))
+    names = watched_sets(study)
     size = (4.6 * len(names), 3.8)
     figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for panel, name in zip(panels[0], names, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from study import ladder
-from study.curves import draw_curves, records
+from study.curves import draw_curves, equal_time, records
 from study.definitions import read_tables
 from study.generated import ROOT, check_or_write
 from study.grids import cost_grid, csv_grid, differences_grid, entries_grid, lines_grid, refusals, retention_grid
@@ -126,6 +126,13 @@ def section(study: StudyTable) -> str:
     fewer = entries_grid(study)
     if len(fewer) > 1:
         parts += ["The same weights with fewer entries an image (`compress(..., n_entries=...)`):", to_markdown(fewer)]
+    level = equal_time(study)
+    if len(level) > 1:
+        told = (
+            "At equal time: right answers on the pictures watched in training, when the quickest row had made all its steps "
+            f"({link(study.folder / study.table.name / 'step_time.json', 'step times')}: all rows in turn, not compiled)."
+        )
+        parts += [told, to_markdown(level)]
     differences = settled(differences_grid(study)) if study.table.compare else []
     if len(differences) > 1:
         parts.append(to_markdown(differences))

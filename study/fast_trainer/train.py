@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -119,26 +119,37 @@ def loop(
     before, began = progress.seconds, time.perf_counter()
     for step in range(progress.step, run.steps):
         seen, rng = batch(run, sets, step, end_id)
-        n_entries = int(rng.choice(model.method.budgets))
-        trees = seen.trees
-        logits, patches = forward(seen.features, seen.code, trees.ids, trees.depth, trees.visible, trees.at, n_entries)
-        plain, weighted = answer_loss(logits, seen, run.loss_weights)
-        if seen.turns is not None:
-            weighted = weighted + run.turn_loss * turn_loss(model, patches, seen.turns, cells)
-        if not torch.isfinite(weighted):
-            raise ValueError(f"the loss is {weighted.item()} at step {step}; lower the learning rate. {folder} keeps its state")
-        optimizer.zero_grad(set_to_none=True)
-        weighted.backward()
-        nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.grad is not None], run.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate_at(step)
-        optimizer.step()
+        try:
+            loss = one_step(run, model, forward, optimizer, seen, int(rng.choice(model.method.budgets)), step, cells)
+        except FloatingPointError as error:
+            raise ValueError(f"{error}; lower the learning rate. {folder} keeps its state") from error
         if seen.is_first:
-            progress.losses.append(plain.item())
+            progress.losses.append(loss)
         progress.step, progress.seconds = step + 1, before + time.perf_counter() - began
         keep_record(run, folder, model, watched, progress)
         if progress.step % run.save_every == 0 or progress.step == run.steps:
             state.save(folder, run, progress, model, optimizer)
+
+
+def one_step(
+    run: Run, model: FastModel, forward: Callable[..., tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, seen: Batch,
+    n_entries: int, step: int, cells: Tensor,
+) -> float:  # fmt: skip
+    """Move the weights once -> mean loss of the answers, nats per token. FloatingPointError where it is not finite."""
+    trees = seen.trees
+    logits, patches = forward(seen.features, seen.code, trees.ids, trees.depth, trees.visible, trees.at, n_entries)
+    plain, weighted = answer_loss(logits, seen, run.loss_weights)
+    if seen.turns is not None:
+        weighted = weighted + run.turn_loss * turn_loss(model, patches, seen.turns, cells)
+    if not torch.isfinite(weighted):
+        raise FloatingPointError(f"the loss is {weighted.item()} at step {step}")
+    optimizer.zero_grad(set_to_none=True)
+    weighted.backward()
+    nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.grad is not None], run.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = run.learning_rate_at(step)
+    optimizer.step()
+    return float(plain.item())
 
 
 def answer_loss(logits: Tensor, seen: Batch, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from htc_vlm.eval.task import make_task
 from htc_vlm.model.loading import load
 from study import answers, evaluating
-from study.cli import train_and_eval
+from study.cli import step_time, train_and_eval
 from tests import processes, tiny_runs
 
 N_QUESTIONS = 36  # of 3 scenes
@@ -263,7 +264,7 @@ def test_a_row_of_the_fast_trainer_is_evaluated_as_the_others(study: Path) -> No
 
 def test_the_record_of_a_fast_row_becomes_a_learning_curve(study: Path) -> None:
     """Two steps, measured after each; a plot over rows is drawn from the files beside the results."""
-    from study.curves import draw_curves, records
+    from study.curves import draw_curves, equal_time, records
     from study.study_tables import load_table
 
     fast_row(study)
@@ -275,6 +276,34 @@ def test_the_record_of_a_fast_row_becomes_a_learning_curve(study: Path) -> None:
     assert step == 1 and set(scores) == {"seen"} and last[0] == 2 and len(table.rows[0].results) == 1
     draw_curves(table, study / "curves.png")
     assert (study / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(equal_time(table)) == 1  # nothing was timed yet
+    output = study / "results" / "long" / "step_time.json"
+    more = ["--output", str(output), "--steps", "2", "--cache", str(tiny_runs.cache()), "--work", str(study / "work")]
+    assert step_time.run([str(study / "experiments" / "long" / "voco.yaml"), *more]) == 0
+    timed = json.loads(output.read_text())
+    assert timed["rows"]["voco"]["ratio"] == 1.0 and len(timed["seconds"]["voco"]) == 2
+    assert equal_time(table)[1][:3] == ["VoCo", "1.00", "2"]
+    slower = {"voco": timed["rows"]["voco"], "other": {"median_s": timed["rows"]["voco"]["median_s"] * 1.5}}
+    output.write_text(json.dumps({"rows": slower}))
+    other = replace(table.rows[0], title="Other", name="other")
+    assert equal_time(replace(table, rows=(*table.rows, other)))[2][:3] == ["Other", "1.50", "1"]  # 2 / 1.5 steps
+
+
+def test_an_adapter_row_is_evaluated_on_its_stock_base(study: Path) -> None:
+    """Its run leaves no model: the row is `start` with the adapter, whose weights the base does not share."""
+    more = {"compressor": {"name": "readers", "n_readers": 2}, "training": {"lora": {"rank": 2}, "turn_loss": 0.5}}
+    fast_row(study, **more)
+    assert train_and_eval.run(arguments(study, "long/voco")) == 0
+    trained = study / "work" / "long" / "voco" / "0" / "train"
+    assert (trained / "adapter" / "adapter.json").is_file() and not (trained / "model").exists()
+    found = result(study, "long/voco")
+    assert found["cached_tokens"] == 1 and found["config"]["training"]["settings"]["lora"] == {"rank": 2}
+
+
+def test_a_row_without_the_fast_trainer_has_no_step_to_time(study: Path, tmp_path: Path) -> None:
+    """Timed as if it had one, it would be another training than the row's."""
+    with pytest.raises(ValueError, match="table1/voco is not trained by the fast trainer"):
+        step_time.run([str(study / "experiments" / "table1" / "voco.yaml"), "--output", str(tmp_path / "x.json")])
 
 
 def test_a_row_that_names_two_trainers_is_refused(study: Path) -> None:
