@@ -234,16 +234,13 @@ def answer(
 def _encoded(
     answerer: Any, batches: Iterable[tuple[list[Path], list[Any]]], refuse: Callable[[Path, str], None]
 ) -> Iterator[tuple[list[Path], list[Any], Any]]:
-    """(paths, pictures, what is kept of them). One that the processor or the method cannot take (too thin, fewer tokens than
-    the budget) is refused alone."""
+    """(paths, pictures, what is kept of them). One that the processor or the method cannot take is refused alone."""
+    from htc_vlm.model.answering import one_by_one_if_refused
+
     for paths, pictures in batches:
-        try:
-            yield paths, pictures, answerer.encode(pictures)
-        except ValueError as error:
-            if len(paths) == 1:
-                refuse(paths[0], f"{paths[0]}: {' '.join(str(error).split())}")
-            else:
-                yield from _encoded(answerer, [([path], [one]) for path, one in zip(paths, pictures, strict=True)], refuse)
+        tell = lambda i, why: refuse(paths[i], f"{paths[i]}: {' '.join(why.split())}")  # noqa: B023, E731
+        for numbers, encoded in one_by_one_if_refused(answerer.encode, pictures, tell):
+            yield [paths[i] for i in numbers], [pictures[i] for i in numbers], encoded
 
 
 def rows_of(

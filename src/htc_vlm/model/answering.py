@@ -7,7 +7,7 @@ Differs: nothing known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,32 @@ class AskLike(Protocol):
     def load_image(self) -> Callable[[], Image.Image]: ...
     @property
     def questions(self) -> list[str]: ...
+
+
+def one_by_one_if_refused(
+    encode: Callable[[list[Image.Image]], Any], pictures: Sequence[Image.Image], refuse: Callable[[int, str], None]
+) -> Iterator[tuple[range, Any]]:
+    """(numbers of pictures, what `encode` makes of them): all together, or each alone where they are refused together.
+
+    refuse(number, reason): for a picture that the processor or the method cannot take (too thin, fewer tokens than the budget),
+    which holds the others up no longer.
+    """
+    try:
+        encoded = encode(list(pictures))
+    except ValueError as error:
+        if len(pictures) == 1:
+            refuse(0, str(error))
+            return
+    else:
+        yield range(len(pictures)), encoded
+        return
+    for number, picture in enumerate(pictures):
+        try:
+            encoded = encode([picture])
+        except ValueError as why:
+            refuse(number, str(why))
+        else:
+            yield range(number, number + 1), encoded
 
 
 class Answerer:

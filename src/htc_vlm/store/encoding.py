@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from htc_vlm.model import prefix_cache
-from htc_vlm.model.answering import Answerer
+from htc_vlm.model.answering import Answerer, one_by_one_if_refused
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.recipe import Recipe, recipe_of
 
@@ -81,28 +81,14 @@ def encoder_of(
 def encode_each(
     encoder: OwnBottleneck | StockMethod, pictures: Sequence[Image.Image], maps: bool, refuse: Callable[[int, str], None]
 ) -> Iterator[tuple[list[int], CompressedImages]]:
-    """(numbers of pictures, their images), in order. refuse(number, reason): for a picture that the processor or the method
-    cannot take (too thin, fewer tokens than the budget), which holds the others up no longer."""
-    numbers = list(range(len(pictures)))
-    if not numbers:
+    """(numbers of pictures, their images), in order. refuse(number, reason): see `one_by_one_if_refused`."""
+    if not pictures:
         return
-    try:
-        parts = encoder.encode(pictures, maps)
-    except ValueError as error:
-        if len(pictures) == 1:
-            refuse(0, str(error))
-            return
-        for number, picture in enumerate(pictures):
-            try:
-                (images,) = encoder.encode([picture], maps)
-            except ValueError as why:
-                refuse(number, str(why))
-            else:
-                yield [number], images
-        return
-    for part in parts:
-        yield numbers[: len(part)], part
-        numbers = numbers[len(part) :]
+    for numbers, parts in one_by_one_if_refused(lambda some: encoder.encode(some, maps), pictures, refuse):
+        left = list(numbers)
+        for part in parts:
+            yield left[: len(part)], part
+            left = left[len(part) :]
 
 
 def method_in(recipe: Recipe) -> Mapping[str, Any] | None:
