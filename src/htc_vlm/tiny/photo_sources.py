@@ -199,21 +199,25 @@ def drawing(thing: Thing) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------------ crops of photos
 def photos() -> list[tuple[str, int]]:
-    """(file, crops to look at) of every picture that may be cropped: photos in parts too, drawings whole."""
+    """(file, crops to look at) of every photo: large ones in parts, too."""
     root = folder()
     found = [(file, CROPS_OF_A_PHOTO) for file in backgrounds()]
     for name in ("categorization", "explore_monuments", "explore_world_animals", "explore_farm_animals", "instruments"):
         file = f"usr/share/gcompris-qt/rcc/{name}.rcc"
         if (root / file).is_file():
             found += [(f"{file}:{i}", 1) for i in range(len(_webps_in(file)))]
-    clips = root / "usr/share/openclipart/png"
-    for part in ("animals", "food", "transportation"):
-        found += [(str(file.relative_to(root)), 1) for file in sorted((clips / part).rglob("*.png"))]
     return found
 
 
+def drawings() -> list[Thing]:
+    """Open Clip Art's animals, food and vehicles, nameless: of those that the head is sure of, it is wrong about half."""
+    clips = folder() / "usr/share/openclipart/png"
+    files = [file for part in ("animals", "food", "transportation") for file in sorted((clips / part).rglob("*.png"))]
+    return [Thing(str(file.relative_to(folder())), "") for file in files]
+
+
 def looked_at(limit: int | None = None) -> Iterator[list[Thing]]:
-    """The nameless crops of each picture, the whole picture first. limit: of so many pictures only, evenly spread."""
+    """The nameless crops of each photo, the whole photo first. limit: of so many photos only, evenly spread."""
     every = photos()
     rng = np.random.default_rng(0)
     for file, n_crops in every[:: max(1, len(every) // limit)] if limit else every:
@@ -222,8 +226,8 @@ def looked_at(limit: int | None = None) -> Iterator[list[Thing]]:
 
 
 def some_crops(n: int) -> Iterator[Image.Image]:
-    """n RGB crops of photos and drawings, drawn evenly from `looked_at`; fewer where there are not so many readable ones."""
-    every = [crop for crops_of_one in looked_at() for crop in crops_of_one]
+    """n RGB crops of photos, and drawings; fewer where there are not so many that can be read."""
+    every = [*(crop for crops_of_one in looked_at() for crop in crops_of_one), *drawings()]
     for i in np.random.default_rng(1).permutation(len(every))[:n]:
         try:
             yield on_white(drawing(every[int(i)]))
