@@ -30,7 +30,7 @@ from study.fast_trainer.settings import Run, find_run, make_run, read_settings
 
 QUANTIZER = "model.compressor.quantizer."
 # Settings of the loop that change no weight.
-WITHOUT_EFFECT = ("seed", "save_every", "log_every", "measure_every", "workers")
+WITHOUT_EFFECT = ("seed", "save_every", "log_every", "measure_every", "workers", "answers_only")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ def test_two_steps_train_the_bottleneck_of_a_family(family: str, tmp_path: Path)
     start = stock_families.save(family, tmp_path / "start")
     block = {"steps": 2, "images_per_step": 4, "learning_rate": 0.01, "warmup_steps": 0, "compressor": {"name": "voco"}}
     preset = {"name": "p", "data": data(tmp_path), "stages": {"compress": block}}
-    report = setup.train_stage(preset, "compress", tmp_path / "out", start=str(start), device="cpu")
+    given = {"start": str(start), "device": "cpu"}
+    with pytest.raises(ValueError, match="answers_only computes no logits .* does not go with a "):
+        refused = {**preset, "stages": {"compress": {**block, "answers_only": True}}}
+        setup.train_stage(refused, "compress", tmp_path / "refused", **given)
+    report = setup.train_stage(preset, "compress", tmp_path / "out", **given)
     assert report["steps"] == 2
     model, processor = load(tmp_path / "out" / "model")
     before, _ = with_compressor(start, {"name": "voco"}, dtype=torch.float32)

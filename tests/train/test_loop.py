@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,9 +203,9 @@ def test_only_what_the_stage_trains_has_changed() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ refusals
-def batches(n: int) -> list[dict[str, Tensor]]:
-    """n samples of one packed question for the htc model."""
-    model, processor = tiny.loaded(tiny.HTC)
+def batches(n: int, compressor: dict[str, Any] = tiny.HTC) -> list[dict[str, Tensor]]:
+    """n samples of one packed question."""
+    model, processor = tiny.loaded(compressor)
     ids = processor.tokenizer.encode(processor.image_text() + tiny.QUESTIONS[0] + " cat</s>", add_special_tokens=False)
     labels = [-100] * (len(ids) - 2) + ids[-2:]
     pixels = processor(images=[tiny.noise(0)], return_tensors="pt")["pixel_values"]
@@ -216,10 +217,10 @@ def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {**out, "attention_mask": torch.ones_like(out["input_ids"])}
 
 
-def fresh() -> torch.nn.Module:
+def fresh(compressor: dict[str, Any] = tiny.HTC) -> torch.nn.Module:
     from htc_vlm import load
 
-    return load(tiny.checkpoint(tiny.HTC))[0].train()
+    return load(tiny.checkpoint(compressor))[0].float().train()
 
 
 SHORT = LoopSettings(steps=4, images_per_step=2, warmup_steps=0, save_every=1, log_every=1)
@@ -256,12 +257,45 @@ def test_a_gradient_that_is_not_a_number_reaches_no_checkpoint(tmp_path: Path) -
         ({"images_per_step": 0}, "images_per_step is 0"),
         ({"precision": "float16"}, "precision is 'float16'; known: float32, bfloat16"),
         ({"extra": {"learning_rat": 1.0}}, "has no 'learning_rat'"),
+        ({"answers_only": True, "distill_weight": 0.5}, "does not go with distill_weight"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     """To Trainer, 0 steps means 3 epochs."""
     with pytest.raises(ValueError, match=message):
         run(fresh(), STAGES["compress"], batches(2), stack, tmp_path, LoopSettings(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compressor", [tiny.NONE, tiny.HTC, {"name": "readers", "n_readers": 2, "n_looks": 2}])
+def test_logits_of_answers_alone_make_the_same_loss_and_gradients(compressor: dict[str, Any]) -> None:
+    """Divided by the labels of all accumulated batches, where Trainer says how many they are."""
+    one, other = fresh(compressor), fresh(compressor)
+    samples = stack(batches(2, compressor))
+    samples["labels"][1, -2] = -100  # one answer is shorter
+    for n_labels in (None, 11):
+        more = {} if n_labels is None else {"num_items_in_batch": n_labels}
+        whole, answers = one(**samples, **more).loss, other(**samples, answers_only=True, **more)
+        assert answers.logits is None
+        torch.testing.assert_close(answers.loss, whole, atol=1e-6, rtol=1e-6)
+    whole.backward()
+    answers.loss.backward()
+    gradients = dict(other.named_parameters())
+    for name, weight in one.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, weight.grad, atol=1e-6, rtol=1e-4, msg=name)
+    with pytest.raises(ValueError, match="needs labels"):
+        one(**{k: v for k, v in samples.items() if k != "labels"}, answers_only=True)
+
+
+def test_a_run_with_logits_of_answers_alone_ends_alike(tmp_path: Path) -> None:
+    """The setting may change between two starts of a run, so it must change nothing but time."""
+    ends = []
+    for answers_only in (False, True):
+        model = fresh()
+        settings = LoopSettings(steps=3, images_per_step=2, save_every=9, answers_only=answers_only)
+        run(model, STAGES["compress"], batches(6), stack, tmp_path / str(answers_only), settings)
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------ distillation

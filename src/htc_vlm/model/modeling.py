@@ -57,35 +57,39 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, Lla
         image_codes: Tensor | None = None,
         question_ids: Tensor | None = None,
         kv_positions: Tensor | None = None,
+        answers_only: bool = False,
         **kwargs: Any,
     ) -> tuple | LlavaCausalLMOutputWithPast:
         """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded,
-        as `image_slots.place` orders them. For the other additions see HtcVlmModel.forward."""
+        as `image_slots.place` orders them. answers_only: with `labels`, compute logits only where one is wanted and return the
+        loss alone, which spares time and memory where the vocabulary is large. For the others see HtcVlmModel.forward."""
         if compressed is not None:
             others = (pixel_values, past_key_values, inputs_embeds, labels)
             inputs = self._text_over(compressed, input_ids, attention_mask, others)
             return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and self.model.compressor.n_fusion and "is_answer" not in kwargs:
             kwargs["is_answer"] = labels != -100
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            image_sizes=image_sizes,
-            mm_encoder_outputs=mm_encoder_outputs,
-            patch_features=patch_features,
-            image_codes=image_codes,
-            question_ids=question_ids,
-            kv_positions=kv_positions,
-            **kwargs,
-        )
+        kwargs |= {
+            "input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask,
+            "position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer, "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes, "mm_encoder_outputs": mm_encoder_outputs, "patch_features": patch_features,
+            "image_codes": image_codes, "question_ids": question_ids, "kv_positions": kv_positions,
+        }  # fmt: skip
+        if answers_only:
+            return LlavaCausalLMOutputWithPast(loss=self._loss_of_answers(labels, kwargs))
+        return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+
+    def _loss_of_answers(self, labels: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """What the loss of `super().forward` is: cross-entropy over the labels, divided by their number."""
+        if labels is None:
+            raise ValueError("answers_only computes a loss, so it needs labels")
+        n_labels = inputs.pop("num_items_in_batch", None)
+        states = self.model(**inputs)[0]
+        is_wanted = labels[:, 1:] != -100
+        logits = self.lm_head(states[:, :-1][is_wanted]).float()
+        summed = nn.functional.cross_entropy(logits, labels[:, 1:][is_wanted].to(logits.device), reduction="sum")
+        return summed / (is_wanted.sum() if n_labels is None else n_labels)
 
     def image_groups(self, pixel_values: Tensor | None = None, **features: Tensor) -> list[Group]:
         """All images have one size."""

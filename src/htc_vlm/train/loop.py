@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class LoopSettings:
     compile: bool = False
     workers: int = 0
     precision: str = "float32"  # or bfloat16: autocast
+    answers_only: bool = False  # logits only where something is answered: the same loss, less time with a large vocabulary
     distill_weight: float = 0.0  # ours: share of the loss that follows the teacher's answer distribution
     extra: dict[str, Any] | None = None
 
@@ -92,9 +94,11 @@ class StageTrainer(Trainer):
         teach: Callable[[dict[str, Tensor]], Tensor] | None = None,
         distill_weight: float = 0.0,
         images_per_step: int = 1,
+        answers_only: bool = False,
         **kw: Any,
     ):
         super().__init__(*args, **kw)
+        self.answers_only = answers_only
         self.teach, self.distill_weight, self.images_per_step = teach, distill_weight, images_per_step
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
@@ -104,6 +108,8 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self.answers_only:
+            inputs = {**inputs, "answers_only": True}  # type: ignore[dict-item]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teach is not None and self.distill_weight:
             supervised = inputs["labels"][:, 1:] != -100
@@ -195,6 +201,9 @@ def run(
     for name in ("steps", "images_per_step", "save_every", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
+    if settings.answers_only and (settings.distill_weight or "answers_only" not in signature(type(model).forward).parameters):
+        what = "distill_weight, which follows a teacher's logits" if settings.distill_weight else f"a {type(model).__name__}"
+        raise ValueError(f"answers_only computes no logits but the answers', and does not go with {what}; leave it out")
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains, adapters)), flush=True)
     if settings.compile:
@@ -211,6 +220,7 @@ def run(
         teach=teach,
         distill_weight=settings.distill_weight,
         images_per_step=settings.images_per_step,
+        answers_only=settings.answers_only,
     )
     lines.trainer = trainer
     checkpoint = last_whole_checkpoint(output)

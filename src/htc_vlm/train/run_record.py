@@ -18,7 +18,7 @@ from htc_vlm.train import presets
 
 FILE = "run.json"
 # What may change between two starts of one run: it changes no weights.
-FREE = ("save_every", "log_every", "measure_every", "workers", "compile")
+FREE = ("save_every", "log_every", "measure_every", "workers", "compile", "answers_only")
 # What a run writes into its folder, and what tells a run's folder from any other.
 WRITES = (
     "model", "adapter", "preset.json", "report.json", "metrics.jsonl", "loss.png", "config.json", "model.safetensors",
