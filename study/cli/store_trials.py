@@ -28,8 +28,9 @@ def run(argv: list[str]) -> int:
     from study.store_trials import TRIALS
 
     options.output.mkdir(parents=True, exist_ok=True)
+    made_by = provenance()  # before the first file is written over, which is a change of the checkout
     for name in options.names or NAMES:
         about = {"trial": name, "model": options.model, "cpus": os.cpu_count()}
-        write_json(options.output / f"{name}.json", about | TRIALS[name](options.model) | provenance())
+        write_json(options.output / f"{name}.json", about | TRIALS[name](options.model) | made_by)
         print(options.output / f"{name}.json", flush=True)
     return 0
