@@ -45,13 +45,19 @@ def equal_time(study: StudyTable) -> list[list[str]]:
         return lines
     times = json.loads(file.read_text(encoding="utf-8"))["rows"]
     timed = {row.title: times[row.name]["median_s"] for row in study.rows if row.title in curves and row.name in times}
-    quickest = min(timed.values(), default=0.0)
-    for title, seconds in timed.items():
-        last = max(step for one in curves[title] for step, _ in one)
-        reached = [[(step, scores) for step, scores in one if step <= last * quickest / seconds] for one in curves[title]]
-        if all(reached):
-            means = [f"{sum(one[-1][1][name] for one in reached) / len(reached):.1f}" for name in watched]
-            lines.append([title, f"{seconds / quickest:.2f}", f"{reached[0][-1][0]:,}", *means, str(len(reached))])
+    if not timed:
+        return lines
+    quickest = min(timed, key=timed.__getitem__)
+    budget = timed[quickest] * max(step for one in curves[quickest] for step, _ in one) * (1 + 1e-9)
+    for title, one_curve in curves.items():
+        if title not in timed:
+            lines.append([title, "not timed", *[""] * (len(watched) + 1), str(len(one_curve))])
+            continue
+        reached = [[(step, scores) for step, scores in one if step * timed[title] <= budget] for one in one_curve]
+        reached = [one for one in reached if one]
+        means = [f"{sum(one[-1][1][name] for one in reached) / len(reached):.1f}" if reached else "" for name in watched]
+        step = f"{reached[0][-1][0]:,}" if reached else "none measured"
+        lines.append([title, f"{timed[title] / timed[quickest]:.2f}", step, *means, str(len(reached))])
     return lines
 
 

@@ -128,9 +128,11 @@ def section(study: StudyTable) -> str:
         parts += ["The same weights with fewer entries an image (`compress(..., n_entries=...)`):", to_markdown(fewer)]
     level = equal_time(study)
     if len(level) > 1:
+        file = study.folder / study.table.name / "step_time.json"
+        how = "compiled" if json.loads(file.read_text(encoding="utf-8"))["compiled"] else "not compiled"
         told = (
-            "At equal time: right answers on the pictures watched in training, when the quickest row had made all its steps "
-            f"({link(study.folder / study.table.name / 'step_time.json', 'step times')}: all rows in turn, not compiled)."
+            "At equal time: right answers on the pictures watched in training, as measured last before the quickest row had "
+            f"made all its steps ({link(file, 'step times')}: all rows in turn, {how})."
         )
         parts += [told, to_markdown(level)]
     differences = settled(differences_grid(study)) if study.table.compare else []

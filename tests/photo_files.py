@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -40,8 +41,14 @@ def make(data: Path, crops: bool = True) -> Path:
     names.write_text("".join(f"class {i}, another name\n" for i in range(1000)), encoding="utf-8")
     _save(names.parents[1] / "fruits.jpg", (9, 9, 9))
     if crops:
-        (data / "photo" / photo_sources.CROPS).write_text(json.dumps([CROP]), encoding="utf-8")
+        write_crops(data / "photo", [CROP])
     return data
+
+
+def write_crops(folder: Path, crops: list[dict[str, Any]]) -> None:
+    """crops.json as `htc-vlm data photo` writes it."""
+    written = {"made_by": photo_sources.made_by(), "crops": crops}
+    (folder / photo_sources.CROPS).write_text(json.dumps(written), encoding="utf-8")
 
 
 def _save(file: Path, colour: tuple[int, int, int]) -> None:

@@ -37,8 +37,11 @@ def run(argv: list[str]) -> int:
     os.environ["HTC_VLM_DATA"] = str(args.data or os.environ.get("HTC_VLM_DATA", "data"))
     experiments = [read_experiment(path) for path in args.rows]
     untrained = [one.name for one in experiments if one.run is None]
+    experiments = [one for one in experiments if one.run is not None]
     if untrained:
-        raise ValueError(f"{untrained[0]} is not trained by the fast trainer, so it has no steps to time; leave it out")
+        print(f"not trained by the fast trainer, so without a step to time: {', '.join(untrained)}", flush=True)
+    if not experiments or len({one.row for one in experiments}) < len(experiments):
+        raise ValueError("give rows of one table that the fast trainer trains, each once (study/experiments/long)")
     steps = {one.row: _stepper(one, args.cache, args.work, args.compile) for one in experiments}
     seconds: dict[str, list[float]] = {row: [] for row in steps}
     for number in range(args.steps + 2):

@@ -23,9 +23,10 @@ from htc_vlm.model import adapter
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.loading import find
 from htc_vlm.settings import make
-from htc_vlm.tiny.align_patches import align_words
+from htc_vlm.tiny.packed import Source
 from htc_vlm.train import presets
 from htc_vlm.train.loop import plot_loss
+from htc_vlm.train.packed_data import align_patches
 from study.fast_trainer import state
 from study.fast_trainer.data import NO_TURN, Batch, Pictures, batch, cells_of_patches, training_pictures, watched_pictures
 from study.fast_trainer.measure import right_answers
@@ -69,6 +70,7 @@ def train(run: Run, folder: Path, cache: Path, data_root: Path | None = None, re
 def starting_model(run: Run, work: Path) -> tuple[Any, Any]:
     """(library model, processor) that a run starts from, with its compressor."""
     torch.manual_seed(run.seed)
+    lora = None if run.lora is None else _lora_of(run)
     if run.start is None:
         if run.compressor != {"name": "none"}:
             raise ValueError(f"a new model has no compressor: give `start`, a checkpoint, to train {run.compressor['name']}")
@@ -80,9 +82,20 @@ def starting_model(run: Run, work: Path) -> tuple[Any, Any]:
             raise ValueError("this method reads a code: give mgvq, a quantizer or a checkpoint that carries one")
         mgvq = quantizer_of(run.mgvq, work)
     model, processor = with_compressor(find(run.start), run.compressor, mgvq, dtype=torch.float32)
-    if run.lora is not None:
-        adapter.add(model, make(adapter.LoraSettings, run.lora, where="lora: "))
+    if lora is not None:
+        adapter.add(model, lora)
     return model, processor
+
+
+def _lora_of(run: Run) -> adapter.LoraSettings:
+    """A run's `lora`; ValueError for what this trainer does not know."""
+    lora, usual = make(adapter.LoraSettings, run.lora or {}, where="lora: "), adapter.LoraSettings()
+    if run.start is None:
+        raise ValueError("lora: an adapter needs a base that stays as it is: give `start`, a checkpoint")
+    for name in ("dropout", "modules"):
+        if getattr(lora, name) != getattr(usual, name):
+            raise ValueError(f"lora: {name} is {getattr(lora, name)!r}; the fast trainer knows {getattr(usual, name)!r} only")
+    return lora
 
 
 def align(run: Run, library: Any, tokenizer: Any, pictures: Pictures) -> None:
@@ -90,11 +103,7 @@ def align(run: Run, library: Any, tokenizer: Any, pictures: Pictures) -> None:
     preset = presets.read(presets.find(run.preset))
     if "words" not in preset:
         return
-    settings, module = presets.word_settings(preset["words"]), presets.task_module(pictures.task)
-    ids, n_side = module.images("train"), round(pictures.cache.meta.n_patches**0.5)
-    words_of = lambda number: module.patch_words(ids[number], n_side)  # noqa: E731
-    loss = align_words(library, pictures.cache, words_of, tokenizer.get_vocab(), settings, run.seed)
-    print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
+    align_patches(preset, library, tokenizer, [Source(pictures.task, pictures.cache, lambda *_: [], share=1.0)], run.seed)
 
 
 def optimizer_of(run: Run, model: nn.Module) -> torch.optim.AdamW:

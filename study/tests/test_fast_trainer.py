@@ -286,8 +286,12 @@ def test_an_adapter_learns_and_its_base_does_not(tmp_path: Path) -> None:
         ship.export_state(tmp_path / "run", tmp_path / "out")
     with pytest.raises(ValueError, match="one pass with the text"):
         train(tmp_path / "voco", {**given, "compressor": {"name": "voco"}})
-    with pytest.raises(ValueError, match="lora: .*rnk"):
-        train(tmp_path / "typing", {**given, "lora": {"rnk": 2}})
+    for i, (wrong, message) in enumerate((
+        ({"lora": {"rnk": 2}}, "lora: .*rnk"), ({"lora": {"dropout": 0.1}}, "lora: dropout is 0.1"),
+        ({"lora": {"modules": ["q_proj"]}}, "lora: modules is"), ({"start": None}, "give `start`"),
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / f"wrong-{i}", {**given, **wrong})
 
 
 def test_pooled_patches_have_no_turns_to_read(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_a_picture_is_shown_and_removed_by_its_name(client: Server) -> None:
     assert client.delete(path).json() == {"id": url.removeprefix("htc:"), "object": "image", "deleted": True}
     for gone in (path, "/v1/images/nobody", "/v1/images/"):
         assert client.delete(gone).status_code == 404
+    assert client.get("/v1/images/", params={"limit": 1}).json()["object"] == "list"
 
 
 def test_a_picture_that_is_removed_after_its_question_was_taken_is_still_answered(client: Server) -> None:

@@ -46,6 +46,7 @@ def test_two_steps_train_the_bottleneck_of_a_family(family: str, tmp_path: Path)
     with pytest.raises(ValueError, match="answers_only computes no logits .* does not go with a "):
         refused = {**preset, "stages": {"compress": {**block, "answers_only": True}}}
         setup.train_stage(refused, "compress", tmp_path / "refused", **given)
+    assert not (tmp_path / "refused").exists()
     report = setup.train_stage(preset, "compress", tmp_path / "out", **given)
     assert report["steps"] == 2
     model, processor = load(tmp_path / "out" / "model")

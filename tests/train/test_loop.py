@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from htc_vlm.cli import train as command
+from htc_vlm.model import HtcVlmForConditionalGeneration
 from htc_vlm.train import presets
+from htc_vlm.train.held_out import HeldOut
 from htc_vlm.train.loop import LoopSettings, StageTrainer, follow_loss, last_whole_checkpoint, plot_loss, run
 from htc_vlm.train.stages import STAGES
 
@@ -258,6 +260,7 @@ def test_a_gradient_that_is_not_a_number_reaches_no_checkpoint(tmp_path: Path) -
         ({"precision": "float16"}, "precision is 'float16'; known: float32, bfloat16"),
         ({"extra": {"learning_rat": 1.0}}, "has no 'learning_rat'"),
         ({"answers_only": True, "distill_weight": 0.5}, "does not go with distill_weight"),
+        ({"answers_only": True, "extra": {"label_smoothing_factor": 0.1}}, "does not go with label_smoothing_factor"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -284,16 +287,23 @@ def test_logits_of_answers_alone_make_the_same_loss_and_gradients(compressor: di
         torch.testing.assert_close(gradients[name].grad, weight.grad, atol=1e-6, rtol=1e-4, msg=name)
     with pytest.raises(ValueError, match="needs labels"):
         one(**{k: v for k, v in samples.items() if k != "labels"}, answers_only=True)
+    with pytest.raises(ValueError, match="leave out compressed and logits_to_keep"):
+        one(**samples, answers_only=True, logits_to_keep=1)
 
 
-def test_a_run_with_logits_of_answers_alone_ends_alike(tmp_path: Path) -> None:
+def test_a_run_with_logits_of_answers_alone_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The setting may change between two starts of a run, so it must change nothing but time."""
-    ends = []
+    ends, asked = [], []
+    plain = HtcVlmForConditionalGeneration._loss_of_answers
+    spied = lambda *given: (asked.append(1), plain(*given))[1]  # noqa: E731
+    monkeypatch.setattr(HtcVlmForConditionalGeneration, "_loss_of_answers", spied)
     for answers_only in (False, True):
         model = fresh()
-        settings = LoopSettings(steps=3, images_per_step=2, save_every=9, answers_only=answers_only)
-        run(model, STAGES["compress"], batches(6), stack, tmp_path / str(answers_only), settings)
+        settings = LoopSettings(steps=3, images_per_step=2, warmup_steps=0, save_every=9, answers_only=answers_only)
+        held_out = HeldOut(batches(2), stack, 2, every=3)  # type: ignore[arg-type]
+        run(model, STAGES["compress"], batches(6), stack, tmp_path / str(answers_only), settings, held_out=held_out)
         ends.append(model.state_dict())
+        assert len(asked) == (3 + 1) * answers_only  # three steps, and the loss that is held out
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
 

@@ -175,6 +175,8 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         those of the text tokens, left-padded, as `image_slots.place` orders them. kv_positions: of images amid the text."""
         images = {name: kwargs.pop(name, None) for name in self.IMAGE_INPUTS}
         check_no_video(kwargs)
+        if kwargs.pop("answers_only", False):
+            raise ValueError(f"answers_only is known to LLaVA's models, not to {type(self).__name__}; leave it out")
         others = (images["pixel_values"], past_key_values, inputs_embeds, labels)
         if compressed is not None:
             inputs = self._text_over(compressed, input_ids, attention_mask, others)

@@ -63,6 +63,8 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, Lla
         """As LLaVA's. `compressed`: answer from cached images; the logits are those of the text tokens, left-padded,
         as `image_slots.place` orders them. answers_only: with `labels`, compute logits only where one is wanted and return the
         loss alone, which spares time and memory where the vocabulary is large. For the others see HtcVlmModel.forward."""
+        if answers_only and (compressed is not None or not (isinstance(logits_to_keep, int) and logits_to_keep == 0)):
+            raise ValueError("answers_only computes a training loss: leave out compressed and logits_to_keep")
         if compressed is not None:
             others = (pixel_values, past_key_values, inputs_embeds, labels)
             inputs = self._text_over(compressed, input_ids, attention_mask, others)
@@ -86,10 +88,12 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, Lla
             raise ValueError("answers_only computes a loss, so it needs labels")
         n_labels = inputs.pop("num_items_in_batch", None)
         states = self.model(**inputs)[0]
-        is_wanted = labels[:, 1:] != -100
+        labels = labels[:, 1:].to(states.device)
+        is_wanted = labels != -100
         logits = self.lm_head(states[:, :-1][is_wanted]).float()
-        summed = nn.functional.cross_entropy(logits, labels[:, 1:][is_wanted].to(logits.device), reduction="sum")
-        return summed / (is_wanted.sum() if n_labels is None else n_labels)
+        summed = nn.functional.cross_entropy(logits, labels[is_wanted].to(logits.device), reduction="sum")
+        divisor = is_wanted.sum() if n_labels is None else n_labels
+        return summed / (divisor.to(summed.device) if isinstance(divisor, Tensor) else divisor)
 
     def image_groups(self, pixel_values: Tensor | None = None, **features: Tensor) -> list[Group]:
         """All images have one size."""

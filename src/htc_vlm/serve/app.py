@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -211,7 +211,9 @@ async def list_images(
 
 
 @routes.get("/v1/images/{key:path}")
-async def get_image(key: str, request: Request) -> dict[str, Any]:
+async def get_image(key: str, request: Request) -> Any:
+    if not key:
+        return RedirectResponse(request.url.replace(path="/v1/images"))
     return await _server(request).pictures.describe(key)
 
 

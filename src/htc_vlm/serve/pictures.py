@@ -134,6 +134,8 @@ class Pictures:
             found = await self._in(self._disk, self.store.remove, [id])
         except UnknownImageError:
             found = 0
+        except DamagedImageError as error:
+            raise Refusal(500, f"image {key}: {error}", "image_damaged") from error
         if not found:
             raise Refusal(404, f"no image {key!r} in the store", "image_not_found")
         self._memory.drop(id)

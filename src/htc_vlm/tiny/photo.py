@@ -74,12 +74,14 @@ def images(split: str) -> Sequence[str]:
 
 def prepare() -> str:
     """Name crops of the photos by the tower, once; says what there is. FileNotFoundError, ImportError: what is missing."""
-    if not (sources.folder() / sources.CROPS).is_file():
+    if not sources.are_named():
         from htc_vlm.tiny.tower import imagenet_head, load_imagenet_weights
 
         tower = load_imagenet_weights()
         tower.config.image_size = SIDE
         sources.label_crops(tower, imagenet_head())
+        for cached in (_crops_by_name, _labels, scene, questions):  # drawn from other crops, if at all
+            cached.cache_clear()
     n_names = len({thing.name for thing in sources.cutouts()})
     return (
         f"photo: {len(sources.cutouts())} cut-outs of {n_names} names, {len(sources.crops())} crops named by the tower, "
@@ -228,6 +230,7 @@ def _asked(scene: Scene, kind: str, rng: np.random.Generator) -> list[tuple[str,
     return []
 
 
+WIDE = ("landscape", "building", "person")  # beside such a thing there may be plants, vehicles, clothes, ...
 LIVING = ("animal", "bird", "fish", "insect", "mammal")
 NARROWER = {"animal": LIVING, "food": ("fruit", "vegetable"), "household item": ("tool",)}
 
@@ -236,13 +239,14 @@ def _is_absent(word: str, kind: str, scene: Scene) -> bool:
     """Is a name of this kind, or the kind itself, surely not in the scene?
 
     ImageNet's names ("tabby cat") and those of the cut-outs ("cat") may be of one thing, so of one kind none is sure to be
-    absent. A crop of unknown kind is nothing living.
+    absent. A crop of unknown kind shows nothing living, nor does one of a view, in which there may be anything else.
     """
     for one in scene.placed:
         thing = one.thing
         if set(word.split()) & set(f"{thing.name} {thing.kind}".split()) or thing.kind in NARROWER.get(word, ()):
             return False
-        if (one.fills or word in class_names()) and (kind == thing.kind or (thing.kind is None and kind not in LIVING)):
+        from_tower = one.fills or word in class_names()
+        if from_tower and (kind == thing.kind or (thing.kind in (None, *WIDE) and kind not in LIVING)):
             return False
     return True
 

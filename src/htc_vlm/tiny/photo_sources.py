@@ -14,11 +14,12 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -256,9 +257,21 @@ def label_crops(tower: EfficientNetLiteModel, head: tuple[Tensor, Tensor], limit
         for crop, share, number in zip(looked, shares.tolist(), classes.tolist(), strict=True):
             if share >= SURE:
                 kept.append(Thing(crop.file, names[number], class_kind(number), crop.box))
-    write_json(folder() / CROPS, [asdict(thing) for thing in kept])
+    write_json(folder() / CROPS, {"made_by": made_by(), "crops": [asdict(thing) for thing in kept]})
     crops.cache_clear()
     return len(kept)
+
+
+def made_by() -> dict[str, Any]:
+    """What decides which crops there are, beside the packages."""
+    return {"sure": SURE, "crops_of_a_photo": CROPS_OF_A_PHOTO, "classes": zlib.crc32(repr(CLASSES).encode()), "of": "photos"}
+
+
+def are_named() -> bool:
+    """Is there a crops.json, made as today's code makes it?"""
+    file = folder() / CROPS
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return isinstance(found, dict) and found.get("made_by") == made_by()
 
 
 def _box(rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -274,11 +287,13 @@ def on_white(rgba: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def crops() -> tuple[Thing, ...]:
-    """The crops that the tower named. FileNotFoundError where `htc-vlm data photo` has not been run."""
+    """The crops that the tower named. FileNotFoundError where `htc-vlm data photo` has not been run, by this version."""
     file = folder() / CROPS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: `htc-vlm data photo --data DIR` names crops of the photos once")
-    return tuple(Thing(**{**row, "box": tuple(row["box"])}) for row in json.loads(file.read_text(encoding="utf-8")))
+    if not are_named():
+        what = "of another version" if file.is_file() else "missing"
+        raise FileNotFoundError(f"{file} is {what}: `htc-vlm data photo --data DIR` names crops of the photos once, in minutes")
+    rows = json.loads(file.read_text(encoding="utf-8"))["crops"]
+    return tuple(Thing(**{**row, "box": tuple(row["box"])}) for row in rows)
 
 
 @lru_cache(maxsize=1)

@@ -57,7 +57,7 @@ class HeldOut:
                 inputs: dict[str, Tensor] = trainer._prepare_inputs(self.collator(samples))
                 n_tokens = int((inputs["labels"][:, 1:] != IGNORE).sum())
                 with trainer.compute_loss_context_manager():
-                    mean = float(model(**inputs).loss)
+                    mean = float(model(**inputs, **trainer.more_inputs).loss)
                 if mine < len(starts):
                     found += torch.tensor([mean * n_tokens, n_tokens], dtype=torch.float64)
         model.train()

@@ -98,7 +98,7 @@ class StageTrainer(Trainer):
         **kw: Any,
     ):
         super().__init__(*args, **kw)
-        self.answers_only = answers_only
+        self.more_inputs = {"answers_only": True} if answers_only else {}
         self.teach, self.distill_weight, self.images_per_step = teach, distill_weight, images_per_step
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
@@ -108,8 +108,7 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.answers_only:
-            inputs = {**inputs, "answers_only": True}  # type: ignore[dict-item]
+        inputs = {**inputs, **self.more_inputs}  # type: ignore[dict-item]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teach is not None and self.distill_weight:
             supervised = inputs["labels"][:, 1:] != -100
@@ -201,9 +200,7 @@ def run(
     for name in ("steps", "images_per_step", "save_every", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
-    if settings.answers_only and (settings.distill_weight or "answers_only" not in signature(type(model).forward).parameters):
-        what = "distill_weight, which follows a teacher's logits" if settings.distill_weight else f"a {type(model).__name__}"
-        raise ValueError(f"answers_only computes no logits but the answers', and does not go with {what}; leave it out")
+    check_answers_only(model, settings)
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains, adapters)), flush=True)
     if settings.compile:
@@ -243,6 +240,21 @@ def run(
     if trainer.is_world_process_zero():
         plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
     return report
+
+
+def check_answers_only(model: Any, settings: LoopSettings) -> None:
+    """ValueError where `answers_only` does not go with the model or another setting."""
+    if not settings.answers_only:
+        return
+    against = [name for name in ("label_smoothing_factor",) if (settings.extra or {}).get(name)]
+    if settings.distill_weight:
+        against.append("distill_weight, which follows a teacher's logits")
+    if "answers_only" not in signature(type(model).forward).parameters:
+        against.append(f"a {type(model).__name__}")
+    if against:
+        raise ValueError(
+            f"answers_only computes no logits but the answers', and does not go with {against[0]}; leave one of the two out"
+        )
 
 
 def close_progress_bar(trainer: Trainer) -> None:

@@ -93,7 +93,7 @@ def held_out_sources(
     return open_sources({**preset, "data": parts}, model, folder, last, split="val")
 
 
-def align_patches(preset: dict[str, Any], model: Any, processor: Any, sources: list[Source], seed: int) -> None:
+def align_patches(preset: dict[str, Any], model: Any, tokenizer: Any, sources: list[Source], seed: int) -> None:
     """The preset's `words` block, on the cached features of its task."""
     settings = presets.word_settings(preset["words"])
     source = next((source for source in sources if source.name == settings.task), None)
@@ -103,16 +103,18 @@ def align_patches(preset: dict[str, Any], model: Any, processor: Any, sources: l
         raise ValueError(f"words.task is {settings.task!r}; tasks in this preset that know a patch's words: {', '.join(able)}")
     ids, n_side = module.images("train"), round(source.cache.meta.n_patches**0.5)
     words = [module.patch_words(image_id, n_side) for image_id in ids[: len(source.cache)]]
-    vocabulary, table, told = processor.tokenizer.get_vocab(), None, None
+    vocabulary, table, told = tokenizer.get_vocab(), None, None
     if settings.told:
         if not hasattr(module, "some_crops"):
             raise ValueError(f"words.told is {settings.told}; {settings.task} has no photos to crop (photo has): leave it out")
+        if "language_model" not in preset:
+            raise ValueError("words.told needs the preset's language_model, whose words the classes' names are made of")
         told = told_by_head(model.model.vision_tower, imagenet_head(), module.some_crops(settings.told))
     if "language_model" in preset:  # pretrained: its words stay as they are, and a name may be several tokens
         names = list(module.class_names()) if told else []
         names += sorted({name for row in words for patch in row for name in patch} - set(names))
         vocabulary = {name: i for i, name in enumerate(names)}
-        table = name_table(names, processor.tokenizer, model.get_input_embeddings().weight)
+        table = name_table(names, tokenizer, model.get_input_embeddings().weight)
     loss = align_words(model, source.cache, words.__getitem__, vocabulary, settings, seed, table, told)
     print(f"patches aligned with words: {settings.steps} steps, loss {loss:.3f} nats per word", flush=True)
 

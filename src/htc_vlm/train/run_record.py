@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from htc_vlm.files import write_json
 from htc_vlm.train import presets
 
 FILE = "run.json"
+VERSIONS = "data_version"
 # What may change between two starts of one run: it changes no weights.
 FREE = ("save_every", "log_every", "measure_every", "workers", "compile", "answers_only")
 # What a run writes into its folder, and what tells a run's folder from any other.
@@ -33,19 +35,24 @@ def record_of(preset: Mapping[str, Any], stage: str, files: Mapping[str, str | P
     settings = {name: value for name, value in asdict(block).items() if name not in FREE}
     own = {name: value for name, value in preset["stages"][stage].items() if name in presets.STAGE_KEYS}
     shared = {name: value for name, value in preset.items() if name not in ("stages", "name", "data")}
-    data = [{**part, **_drawn_from(part)} for part in preset["data"]]
+    data = [{**part, **({"json": _digest(Path(part["json"]))} if part.get("json") else {})} for part in preset["data"]]
+    if versions := _versions(preset["data"]):
+        shared[VERSIONS] = versions
     parts = {"stage": stage, "data": [{k: v for k, v in part.items() if k != "image_folder"} for part in data], **shared}
     named = {f"--{name}": _identity(path) for name, path in files.items() if path is not None}
     found: dict[str, Any] = json.loads(json.dumps({**parts, **{f"stages.{stage}": {**settings, **own}}, **named}))
     return _flat(found)
 
 
-def _drawn_from(part: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the files that decide what a part's pictures and questions are; {} where its code alone does."""
-    if part.get("json"):
-        return {"json": _digest(Path(part["json"]))}
-    module = presets.task_module(part["task"])
-    return {"version": module.version()} if hasattr(module, "version") else {}
+def _versions(data: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Task -> what decides its pictures beside code; without tasks that code alone decides, and those whose files are gone."""
+    found = {}
+    for part in data:
+        module: Any = None if part.get("json") else presets.task_module(part["task"])
+        if hasattr(module, "version"):
+            with suppress(FileNotFoundError):  # a run that is done needs them no longer; another one will say what is missing
+                found[part["task"]] = str(module.version())
+    return found
 
 
 def check(output: Path, record: Mapping[str, Any]) -> None:
@@ -55,6 +62,7 @@ def check(output: Path, record: Mapping[str, Any]) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
         missing = object()
         names = [name for name in {**before, **record} if before.get(name, missing) != record.get(name, missing)]
+        names = [name for name in names if not name.startswith(f"{VERSIONS}.") or (name in before and name in record)]
         if names:
             told = "; ".join(f"{name} was {_told(before, name)}, is {_told(record, name)}" for name in sorted(names)[:4])
             raise ValueError(f"{output}: begun with other settings: {told}. Give the same again, or another --output")

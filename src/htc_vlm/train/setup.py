@@ -24,7 +24,7 @@ from htc_vlm.tiny.packed import PackedQuestions
 from htc_vlm.train import presets
 from htc_vlm.train.conversation_data import ConversationData
 from htc_vlm.train.held_out import HeldOut
-from htc_vlm.train.loop import images_per_pass, last_whole_checkpoint, run
+from htc_vlm.train.loop import check_answers_only, images_per_pass, last_whole_checkpoint, run
 from htc_vlm.train.lora import LoraSettings, add_adapters, merge_adapters, settings_from
 from htc_vlm.train.packed_data import align_patches, held_out_sources, open_sources, packed_length
 from htc_vlm.train.run_record import begin, check, finished, record_of
@@ -68,6 +68,7 @@ def train_stage(
         return report
     preset = {**preset, "n_text": block.get("n_text", preset.get("n_text"))}
     model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed, vision)
+    check_answers_only(model, settings)
     if settings.distill_weight and teacher is None:
         raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
     n_held_out = typed("held_out", preset.get("held_out", 0), int)
@@ -81,7 +82,7 @@ def train_stage(
         folder = cache or output.parent / "cache"
         sources = open_sources(preset, model, folder, block.get("curriculum", {}))
         if start is None and "words" in preset and last_whole_checkpoint(output) is None:
-            align_patches(preset, model, processor, sources, settings.seed)
+            align_patches(preset, model, processor.tokenizer, sources, settings.seed)
         style = find_style(preset.get("prompt", "tiny"))
         processor.set_style(style)  # what packing writes
         pack = partial(
