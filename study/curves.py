@@ -7,6 +7,7 @@ Differs: the pictures are watched in training, and no test pictures (study/exper
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,15 @@ def equal_time(study: StudyTable) -> list[list[str]]:
             continue
         reached = [[(step, scores) for step, scores in one if step * timed[title] <= budget] for one in one_curve]
         reached = [one for one in reached if one]
-        means = [f"{sum(one[-1][1][name] for one in reached) / len(reached):.1f}" if reached else "" for name in watched]
+        means = [mean_of([one[-1][1][name] for one in reached if name in one[-1][1]]) for name in watched]
         step = f"{reached[0][-1][0]:,}" if reached else "none measured"
         lines.append([title, f"{timed[title] / timed[quickest]:.2f}", step, *means, str(len(reached))])
     return lines
+
+
+def mean_of(scores: Sequence[float]) -> str:
+    """One decimal; "" of none: not every run watches the same sets."""
+    return f"{sum(scores) / len(scores):.1f}" if scores else ""
 
 
 def watched_sets(study: StudyTable) -> list[str]:

@@ -286,6 +286,15 @@ def test_the_record_of_a_fast_row_becomes_a_learning_curve(study: Path) -> None:
     slower = {"voco": {"median_s": 0.08539}, "other": {"median_s": 0.08539 * 1.5}}
     output.write_text(json.dumps({"rows": slower}))
     other = replace(table.rows[0], title="Other", name="other")
+    record = study / "results" / "long" / "voco" / "0.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    more = [{**row, "right": {"elsewhere": row["right"]["seen"]}} if "right" in row else row for row in rows]
+    (study / "results" / "long" / "watched").mkdir()
+    (study / "results" / "long" / "watched" / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    elsewhere = replace(table.rows[0], title="Watched", source="long/watched")
+    heads, *lines = equal_time(replace(table, rows=(*table.rows, elsewhere)))
+    assert heads[3:5] == ["seen", "elsewhere"]
+    assert [[bool(cell) for cell in row[3:5]] for row in lines] == [[True, False], [False, True]]
     third = replace(table.rows[0], title="Third", name="third")
     _, first, *others = equal_time(replace(table, rows=(*table.rows, other, third)))
     assert first[:3] == ["VoCo", "1.00", "2"]
