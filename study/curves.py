@@ -34,7 +34,7 @@ def curve(file: Path) -> Curve:
 
 
 def equal_time(study: StudyTable) -> list[list[str]]:
-    """What each row had learned by the time in which the quickest makes all its steps; only the heading without step times.
+    """What each row had learned by the time in which the first timed one makes all its steps; only the heading without times.
 
     Times of a step: TABLE/step_time.json (`python -m study step-time`). A row is as it was measured last before that time,
     at a learning rate that had not fallen to its end: slower rows look worse here than a shorter run of theirs would.
@@ -44,12 +44,13 @@ def equal_time(study: StudyTable) -> list[list[str]]:
     curves = records(study)
     if not file.is_file() or not curves:
         return lines
-    times = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    times = found["rows"]
     timed = {row.title: times[row.name]["median_s"] for row in study.rows if row.title in curves and row.name in times}
-    if not timed:
+    first = next((row.title for row in study.rows if row.name == found["ratio_to"] and row.title in timed), None)
+    if first is None:
         return lines
-    quickest = min(timed, key=timed.__getitem__)
-    budget = timed[quickest] * max(step for one in curves[quickest] for step, _ in one) * (1 + 1e-9)
+    budget = timed[first] * max(step for one in curves[first] for step, _ in one) * (1 + 1e-9)
     for title, one_curve in curves.items():
         if title not in timed:
             lines.append([title, "not timed", *[""] * (len(watched) + 1), str(len(one_curve))])
@@ -58,7 +59,7 @@ def equal_time(study: StudyTable) -> list[list[str]]:
         reached = [one for one in reached if one]
         means = [mean_of([one[-1][1][name] for one in reached if name in one[-1][1]]) for name in watched]
         step = f"{reached[0][-1][0]:,}" if reached else "none measured"
-        lines.append([title, f"{timed[title] / timed[quickest]:.2f}", step, *means, str(len(reached))])
+        lines.append([title, f"{timed[title] / timed[first]:.2f}", step, *means, str(len(reached))])
     return lines
 
 

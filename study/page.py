@@ -131,8 +131,8 @@ def section(study: StudyTable) -> str:
         file = study.folder / study.table.name / "step_time.json"
         how = "compiled" if json.loads(file.read_text(encoding="utf-8"))["compiled"] else "not compiled"
         told = (
-            "At equal time: right answers on the pictures watched in training, as measured last before the quickest row had "
-            f"made all its steps ({link(file, 'step times')}: all rows in turn, {how})."
+            "At equal time: right answers on the pictures watched in training, as measured last (every 1,000 steps) before the "
+            f"row with time 1.00 had made all its steps ({link(file, 'step times')}: all rows in turn, {how})."
         )
         parts += [told, to_markdown(level)]
     differences = settled(differences_grid(study)) if study.table.compare else []

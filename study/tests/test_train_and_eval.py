@@ -284,7 +284,7 @@ def test_the_record_of_a_fast_row_becomes_a_learning_curve(study: Path) -> None:
     assert timed["rows"]["voco"]["ratio"] == 1.0 and len(timed["seconds"]["voco"]) == 2
     assert equal_time(table)[1][:3] == ["VoCo", "1.00", "2"]
     slower = {"voco": {"median_s": 0.08539}, "other": {"median_s": 0.08539 * 1.5}}
-    output.write_text(json.dumps({"rows": slower}))
+    output.write_text(json.dumps({"rows": slower, "ratio_to": "voco"}))
     other = replace(table.rows[0], title="Other", name="other")
     record = study / "results" / "long" / "voco" / "0.jsonl"
     rows = [json.loads(line) for line in record.read_text().splitlines()]
