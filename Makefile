@@ -2,7 +2,7 @@
 # make test    the tests: CPU, offline                                make docs    the documentation site, strict
 # make study   tests of the study and the benchmarks                  make wheel   build the wheel, install it alone, use it
 # make slow    the slow tests                                         make table   rebuild pages and plots from results
-# make repeat  the tests RUNS times (10), to find flaky ones               make demo-photo  ask a trained preset `photo` (docs/photo.md)
+# make repeat  the tests RUNS times (10), to find flaky ones         make demo-photo  ask a trained `photo` (docs/photo.md)
 # The first target that runs makes .venv from scratch.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -7,13 +7,14 @@ Differs: the pictures are watched in training, and no test pictures (study/exper
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from study.plots import COLOURS
 from study.study_tables import StudyTable
 
+STEP_TIMES = "step_time.json"
 Curve = list[tuple[int, dict[str, float]]]  # step, score by watched set
 
 
@@ -39,12 +40,10 @@ def equal_time(study: StudyTable) -> list[list[str]]:
     Times of a step: TABLE/step_time.json (`python -m study step-time`). A row is as it was measured last before that time,
     at a learning rate that had not fallen to its end: slower rows look worse here than a shorter run of theirs would.
     """
-    lines = [["row", "time of a step", "steps in that time", *(watched := watched_sets(study)), "seeds"]]
-    file = study.folder / study.table.name / "step_time.json"
-    curves = records(study)
-    if not file.is_file() or not curves:
+    curves, found = records(study), step_times(study)
+    lines = [["row", "time of a step", "steps in that time", *(watched := watched_sets(curves)), "seeds"]]
+    if found is None or not curves:
         return lines
-    found = json.loads(file.read_text(encoding="utf-8"))
     times = found["rows"]
     timed = {row.title: times[row.name]["median_s"] for row in study.rows if row.title in curves and row.name in times}
     first = next((row.title for row in study.rows if row.name == found["ratio_to"] and row.title in timed), None)
@@ -63,14 +62,21 @@ def equal_time(study: StudyTable) -> list[list[str]]:
     return lines
 
 
+def step_times(study: StudyTable) -> dict[str, Any] | None:
+    """What `python -m study step-time` wrote for this table; None where it was not run."""
+    file = study.folder / study.table.name / STEP_TIMES
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
 def mean_of(scores: Sequence[float]) -> str:
     """One decimal; "" of none: not every run watches the same sets."""
     return f"{sum(scores) / len(scores):.1f}" if scores else ""
 
 
-def watched_sets(study: StudyTable) -> list[str]:
-    """Names of the sets that are watched in training."""
-    every = (scores for curves in records(study).values() for one in curves for _, scores in one)
+def watched_sets(found: Mapping[str, Sequence[Curve]]) -> list[str]:
+    """Names of the sets that are watched in training, of what `records` gives."""
+    every = (scores for curves in found.values() for one in curves for _, scores in one)
     return list(dict.fromkeys(name for scores in every for name in scores))
 
 
@@ -82,7 +88,7 @@ def draw_curves(study: StudyTable, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = records(study)
-    names = watched_sets(study)
+    names = watched_sets(found)
     size = (4.6 * len(names), 3.8)
     figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for panel, name in zip(panels[0], names, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from study import ladder
-from study.curves import draw_curves, equal_time, records
+from study.curves import STEP_TIMES, draw_curves, equal_time, records, step_times
 from study.definitions import read_tables
 from study.generated import ROOT, check_or_write
 from study.grids import cost_grid, csv_grid, differences_grid, entries_grid, lines_grid, refusals, retention_grid
@@ -127,9 +127,9 @@ def section(study: StudyTable) -> str:
     if len(fewer) > 1:
         parts += ["The same weights with fewer entries an image (`compress(..., n_entries=...)`):", to_markdown(fewer)]
     level = equal_time(study)
-    if len(level) > 1:
-        file = study.folder / study.table.name / "step_time.json"
-        how = "compiled" if json.loads(file.read_text(encoding="utf-8"))["compiled"] else "not compiled"
+    if len(level) > 1 and (times := step_times(study)) is not None:
+        file = study.folder / study.table.name / STEP_TIMES
+        how = "compiled" if times["compiled"] else "not compiled"
         told = (
             "At equal time: right answers on the pictures watched in training, as measured last (every 1,000 steps) before the "
             f"row with time 1.00 had made all its steps ({link(file, 'step times')}: all rows in turn, {how})."

@@ -98,7 +98,7 @@ def test_logits_are_the_library_s_at_every_answer(compressor: dict[str, Any], tm
 def test_an_adapter_acts_while_the_image_is_read_and_the_text_runs_through_the_base(n_looks: int, tmp_path: Path) -> None:
     """Against the library's adapter, whose own tests hold its base's logits equal; the base itself answers otherwise."""
     model, processor = real_size({"name": "readers", "n_readers": 8, "n_looks": n_looks}, tmp_path)
-    images, plain = image_of(model, n=1), None
+    images = image_of(model, n=1)
     trees = grow([asked_of(processor.tokenizer)], n_text=30, n_answers=5, end_id=1)
     plain = fast_logits(model, images, trees)
     adapter.add(model, adapter.LoraSettings(rank=4, alpha=8))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,15 +79,14 @@ def told_by_head(
     A patch's map after the head takes the place of the mean over all patches, on which the classifier was trained.
     """
     weight, bias = (part.to(tower.device) for part in head)
-    patches, shares, waiting = [], [], list(pictures)
-    if not waiting:
-        raise ValueError("no picture to be told about; words.told needs photos to crop")
-    for begin in range(0, len(waiting), batch_size):
-        loaded = [load_picture(one, tower.config.image_size).pixel_values for one in waiting[begin : begin + batch_size]]
-        pixels = torch.stack(loaded).to(tower.device)
+    patches, shares, left = [], [], iter(pictures)
+    while some := list(islice(left, batch_size)):  # all of them at once would fill a gigabyte
+        pixels = torch.stack([load_picture(one, tower.config.image_size).pixel_values for one in some]).to(tower.device)
         coarse, _ = maps = tower.maps(pixels)
         patches.append(tower.with_positions(tower.patches_of(*maps)).flatten(0, 1).bfloat16().cpu())
         shares.append((coarse.flatten(2).transpose(1, 2) @ weight.T + bias).softmax(-1).flatten(0, 1).half().cpu())
+    if not patches:
+        raise ValueError("no picture to be told about; words.told needs photos to crop")
     return Told(torch.cat(patches), torch.cat(shares))
 
 
