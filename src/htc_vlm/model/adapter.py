@@ -31,16 +31,17 @@ from htc_vlm.model.weights_digest import weights_digest
 NAME = "image_reader"  # of the PEFT adapter
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 COMPRESSOR = "model.compressor."
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """rank, alpha (the update is scaled by alpha / rank), dropout, and the names of the linear layers that get one."""
+    """LoRA's rank, alpha (the update is scaled by alpha / rank), dropout, and which matrices of the language model have one."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules: tuple[str, ...] = MATRICES
 
 
 def is_adapter_weight(name: str) -> bool:

@@ -223,6 +223,7 @@ async def delete_image(key: str, request: Request) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------- the rest
+@routes.head("/health", include_in_schema=False)
 @routes.get("/health")
 async def health(request: Request) -> JSONResponse:
     engine = _server(request).engine
@@ -236,6 +237,7 @@ async def metrics(request: Request) -> Response:
     return Response(_server(request).engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@routes.head("/", include_in_schema=False)
 @routes.get("/")
 async def page(request: Request) -> HTMLResponse:
     server = _server(request)

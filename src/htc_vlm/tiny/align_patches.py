@@ -64,9 +64,8 @@ def word_loss(patches: Tensor, embedding: Tensor, words: Tensor) -> Tensor:
     >>> round(word_loss(patches, embedding, torch.tensor([[2, NO_WORD]])).item(), 4)       # 1 of 4, by chance: ln 4
     1.3863
     """
-    logits = F.rms_norm(patches, patches.shape[-1:]) @ embedding.T
     is_word = words != NO_WORD
-    found = logits.log_softmax(-1).gather(-1, words.masked_fill(~is_word, 0))
+    found = _log_share(patches, embedding).gather(-1, words.masked_fill(~is_word, 0))
     return -(found * is_word).sum() / is_word.sum()
 
 
@@ -96,8 +95,12 @@ def told_loss(patches: Tensor, embedding: Tensor, shares: Tensor) -> Tensor:
     >>> told_loss(torch.tensor([[1.0, -1.0]]), torch.zeros(4, 2), torch.tensor([[0.5, 0.5]])).item()    # ln 4 for each
     1.3862943649291992
     """
-    logits = F.rms_norm(patches, patches.shape[-1:]) @ embedding.T
-    return -(shares * logits.log_softmax(-1)[:, : shares.shape[1]]).sum(-1).mean()
+    return -(shares * _log_share(patches, embedding)[:, : shares.shape[1]]).sum(-1).mean()
+
+
+def _log_share(patches: Tensor, embedding: Tensor) -> Tensor:
+    """Patches (N, D), embedding (V, D) -> (N, V): where each patch points, as log probabilities of the words."""
+    return (F.rms_norm(patches, patches.shape[-1:]) @ embedding.T).log_softmax(-1)
 
 
 def word_ids(rows: Sequence[Sequence[Sequence[str]]], vocabulary: dict[str, int]) -> Tensor:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -163,11 +164,10 @@ def backgrounds() -> tuple[str, ...]:
 def picture(file: str) -> Image.Image:
     """RGBA, at most LARGEST on a side, its transparent edge cut off; "FILE.rcc:17" is a picture inside a GCompris file."""
     path, _, number = file.partition(".rcc:")
-    if number:
-        opened = Image.open(io.BytesIO(_webps_in(f"{path}.rcc")[int(number)]))
-    else:
-        opened = Image.open(folder() / file)
-        opened.draft("RGB", (LARGEST, LARGEST))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # wallpapers have 168 megapixels
+        opened = Image.open(io.BytesIO(_webps_in(f"{path}.rcc")[int(number)]) if number else folder() / file)
+    opened.draft("RGB", (LARGEST, LARGEST))  # JPEGs alone have it
     rgba = opened.convert("RGBA")
     rgba.thumbnail((LARGEST, LARGEST))
     return rgba.crop(rgba.getchannel("A").getbbox())
@@ -269,9 +269,14 @@ def made_by() -> dict[str, Any]:
 
 def are_named() -> bool:
     """Is there a crops.json, made as today's code makes it?"""
+    return _named() is not None
+
+
+def _named() -> list[dict[str, Any]] | None:
+    """The rows of crops.json, or None where there is none that today's code made."""
     file = folder() / CROPS
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return isinstance(found, dict) and found.get("made_by") == made_by()
+    return found["crops"] if isinstance(found, dict) and found.get("made_by") == made_by() else None
 
 
 def _box(rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -288,11 +293,10 @@ def on_white(rgba: Image.Image) -> Image.Image:
 @lru_cache(maxsize=1)
 def crops() -> tuple[Thing, ...]:
     """The crops that the tower named. FileNotFoundError where `htc-vlm data photo` has not been run, by this version."""
-    file = folder() / CROPS
-    if not are_named():
+    file, rows = folder() / CROPS, _named()
+    if rows is None:
         what = "of another version" if file.is_file() else "missing"
         raise FileNotFoundError(f"{file} is {what}: `htc-vlm data photo --data DIR` names crops of the photos once, in minutes")
-    rows = json.loads(file.read_text(encoding="utf-8"))["crops"]
     return tuple(Thing(**{**row, "box": tuple(row["box"])}) for row in rows)
 
 

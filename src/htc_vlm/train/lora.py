@@ -7,26 +7,16 @@ Differs: the bottleneck token's embedding learns too (PEFT's trainable token), s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A stage's `lora` block. rank: of each adapter; its output is scaled by alpha / rank; modules: which matrices have one."""
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    modules: tuple[str, ...] = MATRICES
+from htc_vlm.model.adapter import MATRICES, LoraSettings
 
 
 def settings_from(block: dict[str, Any]) -> LoraSettings:
-    """ValueError names what is wrong in a `lora` block.
+    """A stage's `lora` block as settings. ValueError names what is wrong in it.
 
     >>> settings_from({"rank": 8, "modules": ["q_proj"]})
     LoraSettings(rank=8, alpha=32, dropout=0.0, modules=('q_proj',))

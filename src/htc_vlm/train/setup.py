@@ -7,7 +7,6 @@ Differs: nothing known.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def train_stage(
         held_out = HeldOut(unseen, collator, batch_size, settings.measure_every or settings.save_every)
     is_adapter = ADAPTER in stage.trains
     if is_adapter:
-        adapter.add(model, adapter.LoraSettings(**asdict(lora or LoraSettings())))
+        adapter.add(model, lora or LoraSettings())
     tuner, adapters = (None, None) if lora is None or is_adapter else add_adapters(model, lora, settings.seed)
     begin(output, record)
     report = run(model, stage, data, collator, output, settings, teach, held_out, adapters, device)
