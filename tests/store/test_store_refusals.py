@@ -18,6 +18,7 @@ import torch
 from htc_vlm import CompressedImages, ImageStore
 from htc_vlm.store import UnknownImageError
 from htc_vlm.store import shards as shards_module
+from htc_vlm.store.about import About
 
 from .. import tiny_runs as tiny
 from .stores import open_store, png, shard, some
@@ -71,6 +72,16 @@ def test_a_newer_or_foreign_store_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path / "full")
     with pytest.raises(ValueError, match="is a file; a store is a folder"):
         ImageStore.open(tmp_path / "full" / "thesis.tex")
+
+
+def test_a_store_that_another_process_made_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path / "s") as store:
+        ids = store.add([png(0)])
+    reads = iter([None])  # this process looked before the other one had made it
+    read = About.read
+    monkeypatch.setattr(About, "read", lambda folder: next(reads, read(folder)))
+    with open_store(tmp_path / "s") as store:
+        assert store.add([png(0)]) == ids
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

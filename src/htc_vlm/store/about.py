@@ -79,7 +79,7 @@ class About:
         """Write it, unless another process just did: then what that wrote holds."""
         folder.mkdir(parents=True, exist_ok=True)
         others = [one.name for one in folder.iterdir() if not one.name.startswith((FILE, LEVELS_FILE))]
-        if others:
+        if others and not (folder / FILE).exists():  # another process may have made it since the caller looked, and begun
             raise ValueError(f"{folder}: is no store and not empty (it has {others[0]}); give a folder of its own")
         if levels is not None:
             if dtype != "int2":
