@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ from htc_vlm.batch import local, questions, steps
 from htc_vlm.batch.journal import Journal
 from htc_vlm.batch.questions import Questions, read
 from htc_vlm.batch.run import run
-from htc_vlm.batch.sources import refs_of
+from htc_vlm.batch.sources import Ref, refs_of
 from htc_vlm.batch.steps import Columns, Settings
 from htc_vlm_cli import main
 
@@ -101,11 +102,11 @@ def test_a_run_that_was_killed_twice_has_every_row_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(str(source), ASKED, tmp_path / "out", given, functools.partial(_stops, after=1, hard=False), 2)
     report = run(str(source), ASKED, tmp_path / "out", given, local.engine, 2)
-    assert report.done_now == 3 and report.rows == 14
+    assert report.done_now == 3 + 1 and report.rows == 14  # p3.png is broken, and looked at again
     rows = rows_of(tmp_path / "out")
     assert len({(row["path"], row["question"]) for row in rows}) == len(rows) == 14
     again = run(str(source), ASKED, tmp_path / "out", given, local.engine, 2)
-    assert again.done_now == 0 and rows_of(tmp_path / "out") == rows
+    assert again.done_now == len(BROKEN) and rows_of(tmp_path / "out") == rows
 
 
 def test_pictures_in_the_store_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_rows_of_picture_and_question_are_asked_as_they_are(tmp_path: Path) -> N
     assert rows[-1]["error"] == "gone.png: is not among the pictures of the source"
 
 
-def test_tars_parquet_and_lists_are_sources(tmp_path: Path) -> None:
+def test_tars_parquet_and_lists_are_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bytes have the same id wherever they lie."""
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -151,10 +152,15 @@ def test_tars_parquet_and_lists_are_sources(tmp_path: Path) -> None:
     for given in (tmp_path / "shard-*.tar", tmp_path / "x.parquet", tmp_path / "list.txt", tmp_path / "in"):
         refs = refs_of(str(given))
         assert [ref.read() for ref in refs] == expected and [Path(ref.name).name for ref in refs] == [f.name for f in files]
+    parquet.write_table(arrow.table({"x": [1]}), tmp_path / "other.parquet")
     assert len(refs_of(str(tmp_path))) == 18  # pictures, tars and parquet files of a folder
+    assert "other.parquet: has no column of pictures; columns are x" in capsys.readouterr().err
     run(str(tmp_path / "x.parquet"), ASKED, tmp_path / "out", settings(tmp_path), local.engine, kind="parquet")
     rows = parquet.read_table(tmp_path / "out" / "answers.parquet").to_pylist()
     assert len(rows) == 12 and sum(row["error"] is not None for row in rows) == 4
+    assert len(refs_of(str(tmp_path))) == 18  # the answers are none
+    with pytest.raises(ValueError, match="holds answers of htc-vlm batch, no pictures"):
+        refs_of(str(tmp_path / "out" / "answers.parquet"))
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +189,62 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in err and len([line for line in err.splitlines() if line.startswith("htc-vlm batch:")]) == 1
 
 
+def test_rows_name_exactly_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name was asked about every picture of that name; a second spelling lost its questions."""
+    monkeypatch.chdir(tmp_path)
+    refs = [Ref(name, "file", name) for name in ("ph/a.png", "ph/b.png", "ph/x/a.png", "ph/x/c.png", "ph/y/c.png")]
+    rows = {
+        "a.png": ["1"], "b.png": ["2"], "ph/b.png": ["3", "2"], "./b.png": ["4"], str(tmp_path / "ph/x/a.png"): ["5"],
+        "c.png": ["6"], "y/c.png": ["7"], "d.png": ["8"], "e.png": ["9"],
+    }  # fmt: skip
+    asked, strange = Questions(rows=rows).about(refs, Path("ph"), gone=["ph/e.png"])
+    assert asked == {"ph/a.png": ["1"], "ph/b.png": ["2", "3", "4"], "ph/x/a.png": ["5"], "ph/y/c.png": ["7"], "ph/e.png": ["9"]}
+    assert strange == {
+        "c.png": "c.png: is the name of 2 pictures (ph/x/c.png, ph/y/c.png); give the path below the source",
+        "d.png": "d.png: is not among the pictures of the source",
+    }
+
+
+def test_what_was_wrong_or_has_changed_is_asked_again(tmp_path: Path) -> None:
+    """Errors were for ever, and another picture under the same path got the old one's answer."""
+    source, output, given = folder_of(tmp_path / "in"), tmp_path / "out", settings(tmp_path)
+    rows = Questions(rows={f"p{i}.png": ["what is it ?"] for i in (*range(5), 9)})
+    assert run(str(source), rows, output, given, local.engine).refused == 2
+    before = rows_of(output)
+    tiny.noise(3).save(source / "p3.png")
+    tiny.noise(9).save(source / "p9.png")
+    tiny.noise(11).save(source / "p0.png")
+    os.utime(source / "p1.png")
+    (source / "p2.png").unlink()
+    report = run(str(source), rows, output, given, local.engine)
+    after = rows_of(output)
+    assert (report.done_now, report.refused) == (3, 0) and not any(row["error"] for row in after)
+    assert sorted(Path(row["path"]).name for row in after) == [f"p{i}.png" for i in (*range(5), 9)]
+    ids = {Path(row["path"]).name: row["id"] for row in after}
+    for name in ("p0.png", "p3.png", "p9.png"):
+        assert ids[name] == hashlib.sha256((source / name).read_bytes()).hexdigest()
+    assert [row for row in after if Path(row["path"]).name in ("p1.png", "p2.png")] == before[1:3]
+
+
+def test_another_source_is_another_output(tmp_path: Path) -> None:
+    """Rows of two sources were mixed."""
+    source = folder_of(tmp_path / "in", 2)
+    run(str(source), ASKED, tmp_path / "out", settings(tmp_path), local.engine)
+    with pytest.raises(ValueError, match=r"was begun with other source \(it was .*/in\); give another --output"):
+        run(str(folder_of(tmp_path / "other", 2)), ASKED, tmp_path / "out", settings(tmp_path), local.engine)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.parquet"])
+def test_answers_of_somebody_else_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """An evaluation's answers, or the questions themselves, were gone."""
+    source, output = folder_of(tmp_path / "in", 2), tmp_path / "out"
+    output.mkdir()
+    (output / name).write_text('{"question": "what ?"}\n')
+    with pytest.raises(ValueError, match=f"{name}: already there, and of no batch run .*give another --output"):
+        run(str(source), ASKED, output, settings(tmp_path), local.engine)
+    assert [file.name for file in output.iterdir()] == [name] and (output / name).stat().st_size == 23
+
+
 def test_one_run_at_a_time_writes_to_an_output(tmp_path: Path) -> None:
     """Two runs would interleave their rows."""
     with Journal(tmp_path / "o", {}), pytest.raises(ValueError, match="another batch run is writing here"):
@@ -203,19 +265,19 @@ def test_a_damaged_row_is_asked_again(tmp_path: Path) -> None:
         for place, change in changes.items():
             db.execute(f"UPDATE answers SET {change} WHERE place = {place} AND number = 1")
     db.close()
-    assert run(str(source), ASKED, output, given, local.engine).done_now == len(changes)
+    assert run(str(source), ASKED, output, given, local.engine).done_now == len({*changes, *(int(name[1]) for name in BROKEN)})
     assert rows_of(output) == expected
     with sqlite3.connect(output / "answers.sqlite") as db:
         db.execute("ALTER TABLE answers DROP COLUMN checksum")
     db.close()
-    assert run(str(source), ASKED, output, given, local.engine).done_now == 0 and rows_of(output) == expected
+    assert run(str(source), ASKED, output, given, local.engine).done_now == len(BROKEN) and rows_of(output) == expected
 
 
 def test_a_journal_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     """SQLite's own errors ended in a traceback."""
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "answers.sqlite").write_bytes(b"no database " * 1000)
-    with pytest.raises(ValueError, match=r"answers.sqlite: is damaged, or of no batch run .*move it away"):
+    with pytest.raises(ValueError, match=r"answers.sqlite: is damaged, or of no batch run .*move it and the answers"):
         Journal(tmp_path / "o", {})
     row = {"path": ["a"], "id": ["x" * 100_000], "number": [0], "question": ["q"], "answer": ["a"], "error": [""]}
     with Journal(tmp_path / "full", {}) as journal:

@@ -9,7 +9,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,27 @@ class Questions:
     for_all: Sequence[str] = ()
     rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def about(self, ref: Ref, folder: Path) -> list[str]:
-        """What is asked about a picture; rows name it as the source does, by its path below the source, or by its file name."""
+    def about(self, refs: Sequence[Ref], folder: Path, gone: Collection[str] = ()) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """(picture -> what is asked about it, name in the rows -> why no one picture has it).
+
+        Rows name a picture as the source does, by its path below `folder`, or by its file name where no other has the same.
+        gone: pictures that the source had before, looked at last.
+        """
         if not self.rows:
-            return list(self.for_all)
-        for name in names_of(ref, folder):
-            if name in self.rows:
-                return list(self.rows[name])
-        return []
+            return {ref.name: list(self.for_all) for ref in refs}, {}
+        names = [_names([ref.name for ref in refs], folder), _names(gone, folder)]
+        asked: dict[str, list[str]] = {}
+        strange = {}
+        for written, questions in self.rows.items():
+            found = next((some for some in (_find(written, one) for one in names) if some), [])
+            if len(found) == 1:
+                asked.setdefault(found[0], []).extend(questions)
+            elif found:
+                some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+                strange[written] = f"{written}: is the name of {len(found)} pictures ({some}); give the path below the source"
+            else:
+                strange[written] = f"{written}: is not among the pictures of the source"
+        return {name: list(dict.fromkeys(questions)) for name, questions in asked.items()}, strange
 
     @property
     def digest(self) -> str:
@@ -42,12 +56,26 @@ class Questions:
         return hashlib.sha256(written.encode()).hexdigest()
 
 
-def names_of(ref: Ref, folder: Path) -> list[str]:
-    """The names by which rows may speak of a picture, the clearest first."""
-    names = [ref.name]
-    if ref.name.startswith(f"{folder}/"):
-        names.append(ref.name[len(str(folder)) + 1 :])
-    return [*names, Path(ref.name).name]
+Names = tuple[dict[str, list[str]], ...]
+
+
+def _names(pictures: Iterable[str], folder: Path) -> Names:
+    """Pictures by each kind of name that rows may use, the clearest first: the whole, below the folder, of the file alone."""
+    kinds: Names = ({}, {}, {})
+    for name in pictures:
+        kinds[0].setdefault(os.path.abspath(name), []).append(name)
+        if name.startswith(f"{folder}/"):
+            kinds[1].setdefault(name[len(str(folder)) + 1 :], []).append(name)
+        elif str(folder) == ".":
+            kinds[1].setdefault(name, []).append(name)
+        kinds[2].setdefault(os.path.basename(name), []).append(name)
+    return kinds
+
+
+def _find(written: str, kinds: Names) -> list[str]:
+    plain = os.path.normpath(written)
+    keys = (os.path.abspath(written), plain, plain)
+    return next((kind[key] for kind, key in zip(kinds, keys, strict=True) if key in kind), [])
 
 
 def read(path: Path) -> Questions:

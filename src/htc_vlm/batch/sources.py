@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import glob
+import os
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from htc_vlm.batch.journal import WRITTEN
 from htc_vlm.files import PICTURES, read_text
 from htc_vlm.store.pictures import paths_of
 
@@ -33,6 +36,15 @@ class Ref:
     path: str
     at: int = 0
     size: int = 0
+
+    @property
+    def stamp(self) -> str:
+        """What tells that its file was changed: size and times; "" of one that is not there."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
     def read(self) -> bytes:
         """The picture's bytes. OSError or ValueError where it cannot be read."""
@@ -61,7 +73,8 @@ def refs_of(source: str) -> list[Ref]:
     """The pictures of a source, in its order. ValueError where there are none, or a name twice.
 
     A folder: its pictures, and those of its .tar and .parquet files; .tar, .parquet, or a pattern of them; .txt or .list: a
-    path a line, relative to the list; a picture.
+    path a line, relative to the list; a picture. Answers of a batch run are no source; tables without pictures in a folder
+    are left out, and named on stderr.
     """
     path = Path(source)
     if not path.exists() and not glob.has_magic(source):
@@ -80,7 +93,18 @@ def refs_of(source: str) -> list[Ref]:
 def _refs_in(folder: Path) -> Iterator[Ref]:
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and file.is_file() and file.suffix.lower() in (*PICTURES, ".tar", ".parquet"):
+        if hidden or not file.is_file():
+            continue
+        if file.suffix.lower() == ".parquet":
+            schema = _open_parquet(file).schema_arrow
+            if tuple(schema.names) == WRITTEN:
+                continue  # answers of a run whose --output is in the folder
+            try:
+                _image_column(schema, file)
+            except ValueError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+        if file.suffix.lower() in (*PICTURES, ".tar", ".parquet"):
             yield from _refs_of_file(file)
 
 
@@ -123,12 +147,18 @@ def _refs_in_tar(path: Path) -> Iterator[Ref]:
         ) from error
 
 
-def _refs_in_parquet(path: Path) -> Iterator[Ref]:
+def _open_parquet(path: Path) -> Any:
     parquet = _parquet()
     try:
-        file = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{path}: is no parquet file, or damaged ({error})") from error
+
+
+def _refs_in_parquet(path: Path) -> Iterator[Ref]:
+    file = _open_parquet(path)
+    if tuple(file.schema_arrow.names) == WRITTEN:
+        raise ValueError(f"{path}: holds answers of htc-vlm batch, no pictures; give what they are about")
     column = _image_column(file.schema_arrow, path)
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows
