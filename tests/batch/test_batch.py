@@ -198,7 +198,8 @@ def test_rows_name_exactly_one_picture(tmp_path: Path, monkeypatch: pytest.Monke
         "c.png": ["6"], "y/c.png": ["7"], "d.png": ["8"], "e.png": ["9"],
     }  # fmt: skip
     asked, strange = Questions(rows=rows).about(refs, Path("ph"), gone=["ph/e.png"])
-    assert asked == {"ph/a.png": ["1"], "ph/b.png": ["2", "3", "4"], "ph/x/a.png": ["5"], "ph/y/c.png": ["7"], "ph/e.png": ["9"]}
+    assert asked.pop("ph/b.png") == ["2", "3", "4"]
+    assert asked == {"ph/a.png": ["1"], "ph/x/a.png": ["5"], "ph/y/c.png": ["7"], "ph/e.png": ["9"]}
     assert strange == {
         "c.png": "c.png: is the name of 2 pictures (ph/x/c.png, ph/y/c.png); give the path below the source",
         "d.png": "d.png: is not among the pictures of the source",

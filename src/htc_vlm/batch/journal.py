@@ -142,7 +142,9 @@ class Journal:
             self._db.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?)", stamps.items())
             self._db.execute("COMMIT")
 
-    def add(self, rows: Mapping[str, Sequence[Any]], places: Mapping[str, int], stamps: Mapping[str, str] | None = None) -> None:
+    def add(
+        self, rows: Mapping[str, Sequence[Any]], places: Mapping[str, int], stamps: Mapping[str, str] | None = None
+    ) -> None:
         """Commit all rows of some pictures, in place of those there; places: each picture's number in the source."""
         values = [
             (places[str(path)], int(number), str(path), str(id), str(question), str(answer), str(error))

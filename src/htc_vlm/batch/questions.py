@@ -28,7 +28,9 @@ class Questions:
     for_all: Sequence[str] = ()
     rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def about(self, refs: Sequence[Ref], folder: Path, gone: Collection[str] = ()) -> tuple[dict[str, list[str]], dict[str, str]]:
+    def about(
+        self, refs: Sequence[Ref], folder: Path, gone: Collection[str] = ()
+    ) -> tuple[dict[str, list[str]], dict[str, str]]:
         """(picture -> what is asked about it, name in the rows -> why no one picture has it).
 
         Rows name a picture as the source does, by its path below `folder`, or by its file name where no other has the same.
