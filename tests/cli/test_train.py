@@ -43,7 +43,7 @@ def test_a_stage_prints_its_table_and_report_and_saves_a_model(tmp_path: Path, c
         ("instruct", ["--set", "stages.instruct.steps=many"], "steps is 'many'"),
         ("instruct", ["--set", "n_text"], "has no '='"),
         ("polish", [], "no stage 'polish'; it has: align, instruct, compress"),
-        ("tokenizer", [], "no stage 'tokenizer'"),
+        ("tokenizer", [], "--cache"),
         ("instruct", ["--set", "data=[{task: pictograms}]"], "empty data set"),
         ("instruct", ["--set", "n_text=3"], "n_text is 3, too few tokens"),
         ("compress", ["--set", "stages.compress.compressor={name: hct}"], "hct"),
@@ -60,6 +60,16 @@ def test_refusals_say_what_to_do(
     line = refused(tiny.train_arguments(tiny.write_preset(tmp_path), stage, tmp_path / "run", *more), capsys)
     assert message in line
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("option", ["start", "mgvq", "teacher", "vision", "cache", "device"])
+def test_the_tokenizer_stage_refuses_what_it_does_not_read(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five options of a tokenizer were ignored."""
+    value = "cuda" if option == "device" else "/nowhere"
+    common = ["--preset", "tiny", "--stage", "tokenizer", "--output", str(tmp_path / "run")]
+    assert f"--{option} {value} is not read by stage 'tokenizer'" in refused([*common, f"--{option}", value], capsys)
 
 
 def test_compress_needs_a_start_and_a_quantizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +100,8 @@ def test_broken_conversations_are_refused(text: str, message: str, tmp_path: Pat
     """Also those without a supervised token: training on them would report a loss of nothing."""
     (tmp_path / "s.json").write_text(text)
     data = f"data=[{{task: llava, json: {tmp_path / 's.json'}}}]"
-    start = ["--start", str(tiny.checkpoint(tiny.NONE)), "--set", data, "--set", "prompt=tiny"]
-    line = refused(tiny.train_arguments(tiny.write_preset(tmp_path), "instruct", tmp_path / "run", *start), capsys)
+    where = ["--preset", str(tiny.write_preset(tmp_path)), "--stage", "instruct", "--output", str(tmp_path / "run")]
+    line = refused([*where, "--start", str(tiny.checkpoint(tiny.NONE)), "--set", data, "--set", "prompt=tiny"], capsys)
     assert message in line
 
 

@@ -36,6 +36,10 @@ def test_overrides_reach_the_value_they_name(tmp_path: Path) -> None:
         ("n_text={", "is not YAML"),
         ("data=[]", "'data' is missing or empty"),
         ("data=[{task: pictograms, imags: 3}]", "imags.*known: .*images"),
+        ("stages.align.nonsense=1", "stages.align: unknown stage setting 'nonsense'; known: .*steps"),
+        ("stages.align.steps=-5", "stages.align: steps is -5; give at least 1"),
+        ("text.nonsense=1", "text: unknown key 'nonsense'; known: .*hidden_size"),
+        ("vision.nonsense=1", "vision: unknown key 'nonsense'; known: .*image_size"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(override: str, message: str, tmp_path: Path) -> None:
@@ -58,6 +62,25 @@ def test_a_file_that_is_no_preset_is_refused(text: str, message: str, tmp_path: 
     """An empty file is None to YAML: it ended in a TypeError."""
     with pytest.raises(ValueError, match=message):
         presets.read(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.tokenizer.nonsense=1", "stages.tokenizer: unknown stage setting 'nonsense'; known: .*image_size"),
+        ("words.nonsense=1", "unknown setting 'words.nonsense'"),
+    ],
+)
+def test_blocks_that_are_not_read_now_are_checked_too(change: str, message: str) -> None:
+    """A stage that runs tomorrow would be refused tomorrow; and a key of a new model beside --start never was."""
+    with pytest.raises(ValueError, match=message):
+        presets.read(presets.find("tiny"), [change])
+
+
+def test_a_stage_that_is_none_is_refused(tmp_path: Path) -> None:
+    """Its settings were read by nothing."""
+    with pytest.raises(ValueError, match="stages: unknown key 'instrukt'; known: tokenizer, align, instruct, compress"):
+        presets.read(written(tmp_path, "data: [{task: easy-vqa}]\nstages: {instrukt: {steps: 3}}\n"))
 
 
 def test_a_missing_preset_names_those_that_ship() -> None:

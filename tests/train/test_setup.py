@@ -136,6 +136,48 @@ def test_pictures_are_checked_once_unless_they_change(tmp_path: Path, monkeypatc
         ConversationData(preset, tiny.loaded(tiny.NONE)[1], checked=checked)
 
 
+@pytest.mark.parametrize("given", [{"share": 0.0}, {"images": 2}, {"curriculum": [{"until": 1.0}]}])
+def test_what_chooses_nothing_of_conversations_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    """All samples of a share of 0.0 were trained on."""
+    preset = conversations(tmp_path / "data", GOOD)
+    preset["data"][0] |= given
+    with pytest.raises(ValueError, match=f"data: llava: `{next(iter(given))}` chooses nothing here, all conversations"):
+        ConversationData(preset, tiny.loaded(tiny.NONE)[1])
+
+
+def test_one_prefix_of_what_trains_may_stand_alone() -> None:
+    """Its letters were prefixes of nearly all weights."""
+    block: dict[str, Any] = {"trains": "model.compressor."}
+    preset = {"stages": {"compress": block}}
+    assert setup._stage(preset, "compress").trains == ("model.compressor.",)
+    for wrong in ("", [], [1]):
+        block["trains"] = wrong
+        with pytest.raises(ValueError, match="stages.compress.trains"):
+            setup._stage(preset, "compress")
+
+
+def test_files_that_would_not_be_read_are_refused(tmp_path: Path) -> None:
+    """They were ignored, or a traceback."""
+    start = str(tiny.checkpoint(tiny.NONE))
+    preset = tiny.preset(compress={"compressor": tiny.VOCO})
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("compress", {"start": start, "teacher": "/nowhere"}, "--teacher /nowhere would not be asked"),
+        ("compress", {"start": start, "mgvq": str(tiny.quantizer())}, "'voco' reads no quantizer's code; leave out mgvq"),
+        ("instruct", {"mgvq": "/nowhere"}, "--mgvq /nowhere would not be read: a new model is made"),
+        ("instruct", {"vision": "/nowhere"}, "--vision /nowhere would not be read: a new model is made"),
+    ]
+    for stage, given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            setup.train_stage(preset, stage, tmp_path / "run", **given)
+    talk = conversations(tmp_path / "data", GOOD)
+    with pytest.raises(ValueError, match="--cache /nowhere would not be used: conversations"):
+        setup.train_stage(talk, "compress", tmp_path / "run", start, cache=Path("/nowhere"))
+    talk["stages"]["compress"]["curriculum"] = {"llava": [{"until": 1.0}]}
+    with pytest.raises(ValueError, match="stages.compress.curriculum chooses nothing of conversations"):
+        setup.train_stage(talk, "compress", tmp_path / "run", start)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_prompt_style_is_refused(tmp_path: Path) -> None:
     """It was a KeyError."""
     with pytest.raises(ValueError, match="prompt is 'vicuna'; known: tiny, vicuna_v1"):

@@ -39,6 +39,13 @@ def run(argv: list[str]) -> int:
     lora = [f"stages.{options.stage}.lora={{rank: {options.lora}}}"] if options.lora is not None else []
     preset = presets.read(presets.find(options.preset), [*options.set, *lora])
     if options.stage == "tokenizer":
+        unread = [name for name in ("start", "mgvq", "teacher", "vision", "cache") if getattr(options, name) is not None]
+        unread += ["device"] if options.device not in ("auto", "cpu") else []
+        if unread:
+            raise ValueError(
+                f"--{unread[0]} {getattr(options, unread[0])} is not read by stage 'tokenizer', which trains a quantizer from "
+                "pictures on the CPU; leave it out (stages.tokenizer.start_from: an earlier tokenizer)"
+            )
         from htc_vlm.train.quantizer_stage import train_tokenizer_stage
 
         report = train_tokenizer_stage(preset, options.output, options.data)

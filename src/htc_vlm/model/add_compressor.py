@@ -84,7 +84,9 @@ def with_compressor(
             raise ValueError(f"{path}: a {kind} checkpoint has its own vision tower; leave out --vision")
         return with_bottleneck(path, kind, compressor, mgvq, dtype, allow_untrained_quantizer)
     base = _read_base(path, compressor, vision)
-    if mgvq is None and not allow_untrained_quantizer:
+    if mgvq is not None:
+        refuse_unread(compressors.build(**base.config.compressor), mgvq)
+    elif not allow_untrained_quantizer:
         _refuse_missing_quantizer(base)
     with without_load_report():  # check_fit says what is missing
         model, info = HtcVlmForConditionalGeneration.from_pretrained(
@@ -226,8 +228,15 @@ def add_bottleneck_token(model: HtcVlmForConditionalGeneration, tokenizer: Any) 
     return token_id
 
 
+def refuse_unread(compressor: Any, mgvq: str | os.PathLike[str]) -> None:
+    """ValueError where the weights of a quantizer are given to a method that has none."""
+    if not getattr(compressor, "has_code", False):
+        raise ValueError(f"{mgvq}: compressor {compressor.name!r} reads no quantizer's code; leave out mgvq (--mgvq)")
+
+
 def load_quantizer(model: HtcVlmForConditionalGeneration, path: str | os.PathLike[str]) -> None:
     """Load the weights that the compressor's quantizer reads from a file or folder (`Quantizer.read_weights`); strict."""
+    refuse_unread(model.model.compressor, path)
     quantizer: Any = model.model.compressor.quantizer
     state = quantizer.read_weights(Path(path))
     wanted = quantizer.state_dict()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from htc_vlm.model.add_compressor import NO_QUANTIZER, QUANTIZER, add_bottleneck_token, check_fit, load_quantizer
+from htc_vlm.model.add_compressor import NO_QUANTIZER, QUANTIZER, add_bottleneck_token, check_fit, load_quantizer, refuse_unread
 from htc_vlm.model.bottlenecks import check_method, classes_of, is_ours
 from htc_vlm.model.configuration import check_settings
 from htc_vlm.model.generation_defaults import check_defaults
@@ -35,6 +35,8 @@ def with_bottleneck(
     """
     classes = classes_of(model_type)
     method: Any = check_method(compressor, classes.model.__name__)
+    if mgvq is not None:
+        refuse_unread(method, mgvq)
     needs_code = getattr(method, "has_code", False) and mgvq is None and not allow_untrained_quantizer
     if needs_code and not (is_ours(model_type) and holds_weights(path, QUANTIZER)):
         raise ValueError(NO_QUANTIZER)

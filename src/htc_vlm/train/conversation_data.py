@@ -43,6 +43,12 @@ class ConversationData(Dataset):
             part = presets.DataPart(**options)
             if part.json is None:
                 raise ValueError("conversations and packed tasks cannot be mixed in one preset")
+            without = {"share": part.share == 1.0, "images": not part.images, "curriculum": not part.curriculum}
+            for name in [name for name, is_default in without.items() if not is_default]:
+                raise ValueError(
+                    f"data: {part.task}: `{name}` chooses nothing here, all conversations are trained on; leave it out, and "
+                    f"the samples that you do not want out of {part.json}"
+                )
             records += load_conversations(part.json, part.image_folder)
         _refuse_placeholders(records, processor)
         _refuse_broken(records, checked)

@@ -54,6 +54,14 @@ class LoopSettings:
     extra: dict[str, Any] | None = None
 
 
+# TrainingArguments that `extra` would change behind a setting's back, or that nothing would read.
+SET_BY = {
+    "output_dir": "--output", "max_steps": "`steps`", "num_train_epochs": "`steps`", "learning_rate": "`learning_rate`",
+    "per_device_train_batch_size": "`images_per_step`", "warmup_steps": "`warmup_steps`", "warmup_ratio": "`warmup_steps`",
+    "weight_decay": "`weight_decay`", "adam_beta2": "`beta2`", "max_grad_norm": "`clip`", "save_steps": "`save_every`",
+    "logging_steps": "`log_every`", "seed": "`seed`", "data_seed": "`seed`", "bf16": "`precision`", "use_cpu": "--device",
+    "dataloader_num_workers": "`workers`", "resume_from_checkpoint": "--output",
+}  # fmt: skip
 # Trainer goes on without those that are missing, from other weights than an uninterrupted run has.
 NEEDED_TO_RESUME = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
@@ -197,9 +205,7 @@ def run(
 
     Returns a report: steps, seconds of this start, final loss, held-out loss, settings. Writes metrics.jsonl and loss.png.
     """
-    for name in ("steps", "images_per_step", "save_every", "log_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
+    check_counts(settings)
     check_answers_only(model, settings)
     output.mkdir(parents=True, exist_ok=True)
     print(trainable_table(freeze(model, stage.trains, adapters)), flush=True)
@@ -240,6 +246,13 @@ def run(
     if trainer.is_world_process_zero():
         plot_loss(output / "metrics.jsonl", output / "loss.png", title=stage.name)
     return report
+
+
+def check_counts(settings: LoopSettings) -> None:
+    """ValueError for a number of steps or images that is none."""
+    for name in ("steps", "images_per_step", "save_every", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; give at least 1")
 
 
 def check_answers_only(model: Any, settings: LoopSettings) -> None:
@@ -323,6 +336,9 @@ def _arguments(output: Path, settings: LoopSettings, device: str = "auto") -> Tr
     unknown = sorted(set(extra) - {field.name for field in fields(TrainingArguments)})
     if unknown:
         raise ValueError(f"extra: transformers' TrainingArguments has no {unknown[0]!r}")
+    for name, setting in SET_BY.items():
+        if name in extra:
+            raise ValueError(f"extra: {name} is what {setting} says; leave it out of `extra`")
     arguments = TrainingArguments(**{**options, **extra})
     if arguments.n_gpu > 1:  # one process, several GPUs: Trainer would read images_per_step for each of them
         arguments._n_gpu = 1

@@ -38,7 +38,7 @@ def train_tokenizer_stage(preset: dict[str, Any], output: Path, data: Path | Non
     size, n_pictures = block.pop("image_size", None), block.pop("n_pictures", N_PICTURES)
     if not isinstance(size, int) or not isinstance(n_pictures, int):
         raise ValueError(f"image_size is {size!r}; give the pictures' side in pixels; n_pictures: a whole number")
-    training = make(TokenizerTraining, block, what="stage setting", also_known=("image_size", "n_pictures"))
+    training = make(TokenizerTraining, block, what="stage setting", also_known=presets.TOKENIZER_KEYS)
     refuse_foreign(output)
     parts = [presets.DataPart(**options) for options in preset["data"]]
     total = sum(part.share for part in parts)

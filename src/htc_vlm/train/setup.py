@@ -23,7 +23,7 @@ from htc_vlm.tiny.packed import PackedQuestions
 from htc_vlm.train import presets
 from htc_vlm.train.conversation_data import ConversationData
 from htc_vlm.train.held_out import HeldOut
-from htc_vlm.train.loop import check_answers_only, images_per_pass, last_whole_checkpoint, run
+from htc_vlm.train.loop import check_answers_only, check_counts, images_per_pass, last_whole_checkpoint, run
 from htc_vlm.train.lora import LoraSettings, add_adapters, merge_adapters, settings_from
 from htc_vlm.train.packed_data import align_patches, held_out_sources, open_sources, packed_length
 from htc_vlm.train.run_record import begin, check, finished, record_of
@@ -55,6 +55,11 @@ def train_stage(
     stage = _stage(preset, stage_name)
     block = preset["stages"][stage_name]
     settings = presets.loop_settings(block)
+    check_counts(settings)
+    if settings.distill_weight and teacher is None:
+        raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
+    if teacher is not None and not settings.distill_weight:
+        raise ValueError(f"--teacher {teacher} would not be asked: set stages.{stage_name}.distill_weight, or leave it out")
     lora = None if block.get("lora") is None else settings_from(block["lora"])
     files = {"start": start, "mgvq": mgvq, "teacher": teacher, "vision": vision}
     if data_root is not None:
@@ -65,13 +70,15 @@ def train_stage(
     if report is not None:
         print(f"{output}: trained already ({settings.steps} steps); nothing to do", flush=True)
         return report
+    conversations = any(part.get("json") for part in preset["data"])
+    if conversations and cache is not None:
+        raise ValueError(f"--cache {cache} would not be used: conversations' pictures are read as they come; leave it out")
+    if conversations and block.get("curriculum"):
+        raise ValueError(f"stages.{stage_name}.curriculum chooses nothing of conversations; leave it out")
     preset = {**preset, "n_text": block.get("n_text", preset.get("n_text"))}
     model, processor = _starting_model(preset, stage, block, start, mgvq, settings.seed, vision)
     check_answers_only(model, settings)
-    if settings.distill_weight and teacher is None:
-        raise ValueError("distill_weight is set, so a teacher is needed: --teacher CHECKPOINT (the upper bound)")
     n_held_out = typed("held_out", preset.get("held_out", 0), int)
-    conversations = any(part.get("json") for part in preset["data"])
     data: Dataset
     unseen: Dataset | None = None
     if conversations:
@@ -121,9 +128,15 @@ def _stage(preset: dict[str, Any], name: str) -> Stage:
         raise ValueError(f"preset {preset.get('name')!r} has no stage {name!r}; it has: {', '.join(known)}")
     trains = preset["stages"][name].get("trains")
     stage = STAGES[name]
+    if trains is None:
+        return stage
     if trains == ADAPTER:
         trains = (ADAPTER, COMPRESSOR)
-    return stage if trains is None else Stage(name, tuple(trains), stage.starts_from, stage.compresses)
+    one_or_more = [trains] if isinstance(trains, str) else trains
+    prefixes: tuple[str, ...] = typed(f"stages.{name}.trains", one_or_more, tuple[str, ...])
+    if not prefixes or not all(prefixes):
+        raise ValueError(f"stages.{name}.trains is {trains!r}; give beginnings of weights' names, e.g. {COMPRESSOR}")
+    return Stage(name, prefixes, stage.starts_from, stage.compresses)
 
 
 def _starting_model(
@@ -138,6 +151,9 @@ def _starting_model(
             raise ValueError(f"stage {stage.name!r} starts from a trained checkpoint; give it with --start")
         if block.get("compressor", {"name": "none"}) != {"name": "none"}:
             raise ValueError(f"stage {stage.name!r} has a compressor, but a new model has none; give --start CHECKPOINT")
+        for option, given in (("mgvq", mgvq), ("vision", vision)):
+            if given is not None:
+                raise ValueError(f"--{option} {given} would not be read: a new model is made; leave it out, or give --start")
         return presets.build_tiny(preset, tower=os.environ.get("HTC_VLM_TOWER"), seed=seed)
     torch.manual_seed(seed)
     compressor = block.get("compressor", {"name": "none"})

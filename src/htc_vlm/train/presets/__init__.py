@@ -17,12 +17,15 @@ from htc_vlm.convert import gguf_llama
 from htc_vlm.data.prompts import find_style
 from htc_vlm.settings import check_keys, make, override, read_yaml, typed
 from htc_vlm.tiny.align_patches import WordSettings
-from htc_vlm.train.loop import LoopSettings
+from htc_vlm.train.loop import LoopSettings, check_counts
+from htc_vlm.train.stages import STAGES
+from htc_vlm.train.train_quantizer import TokenizerTraining
 
 NEEDED = ("data", "stages")
 BLOCKS = {"data": list, "stages": dict, "vision": dict, "text": dict, "language_model": dict, "words": dict}
 KEYS = {"name", "base", "vision", "text", "language_model", "words", "data", "n_text", "stages", "prompt", "held_out"}
 STAGE_KEYS = ("compressor", "trains", "curriculum", "n_text", "lora")  # of a stage's block, beside LoopSettings
+TOKENIZER_KEYS = ("image_size", "n_pictures")  # of the tokenizer's block, beside TokenizerTraining
 SPECIAL = {
     "pad_token": "<pad>",
     "eos_token": "</s>",
@@ -67,12 +70,15 @@ def _check(path: Path, preset: dict[str, Any]) -> None:
         raise ValueError(f"{path}: {absent[0]!r} is missing or empty; a preset has {', '.join(sorted(NEEDED))}")
     for key, kind in BLOCKS.items():
         typed(f"{path}: {key}", preset.get(key, kind()), kind)
+    check_keys(f"{path}: stages", preset["stages"], ("tokenizer", *STAGES))
     for name, block in preset["stages"].items():
         if not isinstance(block, dict):
             raise ValueError(f"{path}: stages.{name} is {block!r}; give it settings, at least `steps: 1000`")
         method = typed(f"{path}: stages.{name}.compressor", block.get("compressor", {"name": "none"}), dict)
         if not isinstance(method.get("name"), str):
             raise ValueError(f"{path}: stages.{name}.compressor is {method}; give it a name, e.g. name: voco")
+        _check_settings(f"{path}: stages.{name}", name, block)
+    check_model(preset, f"{path}: ")
     for part in preset["data"]:
         if not isinstance(part, dict) or not part.get("task"):
             raise ValueError(f"{path}: data: {part} has no task")
@@ -80,6 +86,33 @@ def _check(path: Path, preset: dict[str, Any]) -> None:
             make(DataPart, part)
         except ValueError as error:
             raise ValueError(f"{path}: data: {part['task']}: {error}") from error
+
+
+def _check_settings(where: str, name: str, block: dict[str, Any]) -> None:
+    """ValueError for what is wrong in a stage's settings, also of one that is not run now."""
+    try:
+        if name == "tokenizer":
+            given = {key: value for key, value in block.items() if key not in (*TOKENIZER_KEYS, "compressor")}
+            make(TokenizerTraining, given, what="stage setting", also_known=TOKENIZER_KEYS)
+        else:
+            check_counts(loop_settings(block))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_model(preset: dict[str, Any], where: str = "preset: ") -> None:
+    """ValueError for sizes of a new model that nothing reads."""
+    from transformers import LlamaConfig
+
+    from htc_vlm.tiny.tower import EfficientNetLiteConfig
+
+    for key, known in (("vision", EfficientNetLiteConfig), ("text", LlamaConfig)):
+        if key in preset:
+            check_keys(f"{where}{key}", preset[key], sorted(known().to_dict()))
+    if "words" in preset:
+        word_settings(preset["words"])
+    if "language_model" in preset:
+        make(gguf_llama.GgufSettings, preset["language_model"], where="language_model.")
 
 
 def shipped() -> list[Path]:
@@ -159,7 +192,7 @@ def build_tiny(preset: dict[str, Any], tower: str | None, seed: int) -> tuple[An
     if absent:
         raise ValueError(f"the preset has no {absent[0]!r}, which building a model from scratch needs; or give --start")
     vision = EfficientNetLiteModel.from_pretrained(tower) if tower else load_imagenet_weights()
-    check_keys("preset: vision", preset["vision"], sorted(vision.config.to_dict()))
+    check_model(preset)
     for name, value in preset["vision"].items():
         setattr(vision.config, name, value)
     tokenizer, text, pretrained = _pretrained_text(preset) if "language_model" in preset else _new_text(preset)
@@ -189,7 +222,6 @@ def _new_text(preset: dict[str, Any]) -> tuple[Any, Any, None]:
     """(tokenizer of the data sets' words, configuration of the preset's `text`, no weights)."""
     from transformers import LlamaConfig
 
-    check_keys("preset: text", preset["text"], sorted(LlamaConfig().to_dict()))
     tokenizer = word_tokenizer(sorted({word for part in preset["data"] for word in task_module(part["task"]).vocabulary()}))
     text = LlamaConfig(
         vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
