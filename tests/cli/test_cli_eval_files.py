@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from htc_vlm.cli import ask, eval
+from htc_vlm.eval.task import TASKS, make_task
 from htc_vlm_cli import main
 
 from .. import processes, tinies
@@ -40,6 +43,29 @@ def test_missing_pictures_are_told_before_the_model_is_loaded(tmp_path: Path, ca
     assert "1 of 4 pictures are missing" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         eval.run([*arguments[1:], "--limit", "9"])  # the first nine questions are about the other three
+
+
+def test_options_reach_a_task_whose_name_has_dots() -> None:
+    """`--set my.task.loose=true` named a task `my`."""
+
+    @TASKS.register("my.task")
+    @dataclass(frozen=True)
+    class Mine:
+        loose: bool = False
+
+    def made(*words: str) -> list[Any]:
+        return eval._tasks(eval._parser().parse_args(["model", *words]))
+
+    try:
+        assert made("--task", "my.task,pope", "--set", "my.task.loose=true", "--set", "pope.headline=accuracy") == [
+            Mine(loose=True), make_task("pope", {"headline": "accuracy"}),
+        ]  # fmt: skip
+        with pytest.raises(ValueError, match="--set names gqa, which --task does not run"):
+            made("--task", "my.task", "--set", "gqa.x=1")
+        with pytest.raises(ValueError, match="--set takes TASK.OPTION=VALUE, got loose=True"):
+            made("--task", "my.task", "--set", "loose=true")
+    finally:
+        TASKS.unregister("my.task")
 
 
 def test_verbose_does_not_call_an_uncompressed_model_compressed(monkeypatch: pytest.MonkeyPatch) -> None:

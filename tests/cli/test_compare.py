@@ -69,6 +69,23 @@ def test_what_cannot_be_compared_is_refused(
         assert words in told.err
 
 
+def test_tasks_without_marks_or_score_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Running the same eval again, which the message asked for, would never write them."""
+    run_task(FakeAnswerer(miniatures.mmvet(tmp_path)), "mmvet", tmp_path / "a", root=tmp_path)
+    assert htc_vlm_cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert "its task has no `marks`, which are what is compared" in capsys.readouterr().err
+    first = _evaluated(tmp_path, "b") / "gqa-testdev_balanced"
+    result = json.loads((first / "result.json").read_text())
+    (first / "result.json").write_text(json.dumps(result | {"metrics": {}}))
+    assert htc_vlm_cli.main(["compare", str(first), str(first)]) == 2
+    assert "has no score" in capsys.readouterr().err
+    (first / "result.json").write_text(json.dumps(result))
+    marks = (first / "marks.jsonl").read_text()
+    (first / "marks.jsonl").write_text(marks.replace('"score": true', '"score": 100'))
+    assert htc_vlm_cli.main(["compare", str(first), str(first)]) == 2
+    assert "is 100; marks go from 0 to 1" in capsys.readouterr().err
+
+
 def test_tasks_that_only_one_has_make_it_partly_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, the other task compared, the lonely one named on standard error."""
     first, second = _evaluated(tmp_path, "a"), _evaluated(tmp_path, "b")

@@ -65,6 +65,18 @@ def test_damaged_text_names_file_and_line(tmp_path: Path) -> None:
         _loaded("gqa", tmp_path)
 
 
+def test_a_part_without_questions_is_named(tmp_path: Path) -> None:
+    """The score was of thirteen subtasks, or two settings."""
+    miniatures.mme(tmp_path)
+    (tmp_path / "mme" / "MME_Benchmark_release_version" / "OCR" / "0000.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"MME subtask without questions: no .txt in .*OCR"):
+        _loaded("mme", tmp_path)
+    miniatures.pope(tmp_path)
+    (tmp_path / "pope" / "coco" / "coco_pope_popular.json").write_text("")
+    with pytest.raises(ValueError, match=r"coco_pope_popular.json: holds no questions"):
+        _loaded("pope", tmp_path)
+
+
 def _half(path: Path) -> None:
     """A larger picture in the same place, its second half cut off."""
     data = io.BytesIO()

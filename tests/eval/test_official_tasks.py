@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from htc_vlm.eval.run import run_task
+from htc_vlm.eval.run import rescore, run_task
 from htc_vlm.eval.task import find_tasks, make_task
 
 from . import miniatures
@@ -162,6 +162,7 @@ def test_mmvet_writes_the_judges_input(tmp_path: Path) -> None:
     """Prevents a score of our own."""
     result = _run(miniatures.mmvet(tmp_path), "mmvet", tmp_path)
     assert result["metrics"] == {}
+    assert rescore("mmvet", tmp_path / "out", limit=1, root=tmp_path)["n_questions"] == 1  # and writes nothing
     export = json.loads((tmp_path / "out" / "mmvet-v1" / "export.json").read_text())
     assert export == {"v1_0": "Because of 0.", "v1_1": "Because of 1.", "v1_2": "Because of 2."}
 

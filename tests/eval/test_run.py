@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from htc_vlm.eval import run_info
 from htc_vlm.eval.answers import AnswersError
 from htc_vlm.eval.run import Ask, rescore, run_task
+from htc_vlm.eval.task import Item, Mark
 from tests import processes
 
 from .conftest import Colours, FakeAnswerer
@@ -239,6 +241,54 @@ def test_a_run_leaves_each_question_its_mark(colours: Colours, tmp_path: Path) -
     marks = [json.loads(line) for line in (tmp_path / "colours-test" / "marks.jsonl").read_text().splitlines()]
     assert [(mark["id"], mark["image"]) for mark in marks[:2]] == [("q0", "p0"), ("q1", "p1")]
     assert [mark["score"] for mark in marks] == [0, 1, 1, 1, 1, 1]
+
+
+@dataclass(frozen=True)
+class Percent(Colours):
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return [Mark(item.id, item.image, 100) for item in items]
+
+
+@dataclass(frozen=True)
+class Half(Colours):
+    def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
+        return super().marks(items[::2], answers)
+
+
+@dataclass(frozen=True)
+class Nameless(Colours):
+    def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> dict[str, float]:
+        return {"accuracy": 50.0}
+
+
+class Plain:
+    name, splits, max_new_tokens = "plain", ("test",), 4
+    load, score = Colours.load, Colours.score
+
+
+@dataclass(frozen=True)
+class Numbers(Colours):
+    def load(self, root: Path, split: str) -> list[Item]:
+        return [replace(item, id=number) for number, item in enumerate(super().load(root, split))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "message", "n_asked"),
+    [
+        (Percent(), "the mark of q0 is 100; marks go from 0 to 1; mend the task and start again: the answers are kept", 6),
+        (Half(), r"3 marks for 6 questions, not one for each \(q1, q3, q5\)", 6),
+        (Nameless(), 'its score gives accuracy, but no "score", the number that tables print', 6),
+        (Plain(), "task plain is Plain, which is no dataclass", 0),
+        (Numbers(), "an item's id is 0, a int; give text", 0),
+    ],
+)
+def test_a_task_that_breaks_its_promises_is_refused(task: Any, message: str, n_asked: int, tmp_path: Path) -> None:
+    """They were a KeyError, a TypeError, a "corrupt" file, or 10000 percent."""
+    fake = FakeAnswerer()
+    with pytest.raises(ValueError, match=message):
+        run_task(fake, task, tmp_path)
+    assert len(fake.asked) == n_asked
+    assert not list(tmp_path.glob("*/result.json")) and not list(tmp_path.glob("*/marks.jsonl"))
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

@@ -17,7 +17,7 @@ from typing import Any
 from htc_vlm.cli._method import check_budget, method_of, parse_method, stock_method
 from htc_vlm.eval.run import check_pictures, check_single_process, load_items, run_task, task_folder
 from htc_vlm.eval.task import Item, Task, find_tasks, make_task
-from htc_vlm.settings import budget, from_pairs
+from htc_vlm.settings import budget, override, pair
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,14 +42,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
-    options = from_pairs(args.set, "pope.headline=accuracy")
-    for name, chosen in options.items():
-        if not isinstance(chosen, dict):
-            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {name}={chosen}")
     names = [name.strip() for name in args.task.split(",") if name.strip()]
-    unused = sorted(set(options) - set(names))
-    if unused:
-        raise ValueError(f"--set names {', '.join(unused)}, which --task does not run")
+    options: dict[str, dict[str, Any]] = {}
+    example = "pope.headline=accuracy"
+    for text in args.set:
+        parts, value = pair(text, example)
+        if len(parts) < 2:
+            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {parts[0]}={value}")
+        key = ".".join(parts)
+        name = max((name for name in names if key.startswith(f"{name}.")), key=len, default=None)  # a name may have dots
+        if name is None:
+            raise ValueError(f"--set names {parts[0]}, which --task does not run")
+        override(options.setdefault(name, {}), text.strip().removeprefix(f"{name}."), example)
     return [make_task(name, options.get(name)) for name in names]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from htc_vlm.eval.task import Mark
-from htc_vlm.files import read_object, read_text
+from htc_vlm.files import read_object, read_text, write_text
 
 AGAIN = "run the same `htc-vlm eval` again: it asks nothing twice and writes it"
 MARKS = "marks.jsonl"
@@ -102,7 +102,7 @@ class Comparison:
 
 def write_marks(path: Path, marks: Sequence[Mark]) -> None:
     """One line per question."""
-    path.write_text("".join(json.dumps(asdict(mark)) + "\n" for mark in marks), encoding="utf-8")
+    write_text(path, "".join(json.dumps(asdict(mark)) + "\n" for mark in marks))
 
 
 def read_marks(path: Path) -> list[Mark]:
@@ -115,6 +115,9 @@ def read_marks(path: Path) -> list[Mark]:
             marks += [Mark(**json.loads(line))] if line else []
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: is damaged ({error}); {AGAIN}") from error
+    for mark in marks:
+        if not 0 <= mark.score <= 1:
+            raise ValueError(f"{path}: the mark of {mark.id} is {mark.score}; marks go from 0 to 1: mend the task, and {AGAIN}")
     return marks
 
 
@@ -139,6 +142,11 @@ def compare_results(first: Path, second: Path, *, n_resamples: int = 10_000, lev
         values = [result["config"][what] for result in results]
         if values[0] != values[1]:
             raise ValueError(f"{first} and {second} differ in {what}: {values[0]!r}, {values[1]!r}")
+    for folder, result in zip((first, second), results, strict=True):
+        if result.get("n_marks", 0) is None:
+            raise ValueError(f"{folder}: its task has no `marks`, which are what is compared")
+        if "score" not in result["metrics"]:
+            raise ValueError(f"{folder}: has no score, this split's answers are not public; there is nothing to compare")
     marks = [{mark.id: mark for mark in read_marks(folder / MARKS)} for folder in (first, second)]
     n_single = len(set(marks[0]) ^ set(marks[1]))
     if n_single:

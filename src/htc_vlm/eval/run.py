@@ -36,7 +36,19 @@ from htc_vlm.eval.answers import (
 from htc_vlm.eval.blind import blind_baselines
 from htc_vlm.eval.compare import MARKS, write_marks
 from htc_vlm.eval.run_info import provenance
-from htc_vlm.eval.task import Exports, HasBaselines, HasLayout, HasMarks, Item, PictureFile, Task, check_split, make_task
+from htc_vlm.eval.task import (
+    Exports,
+    HasBaselines,
+    HasLayout,
+    HasMarks,
+    Item,
+    PictureFile,
+    Task,
+    check_dataclass,
+    check_split,
+    checked_marks,
+    make_task,
+)
 from htc_vlm.files import read_object, write_json
 
 
@@ -183,16 +195,21 @@ def run_task(
         _same_settings(folder / "settings.json", settings)
         _no_smaller_result(folder / "result.json", len(chosen))
         answers = ask_items(answerer, task, items, chosen, folder / "answers.jsonl", batch_size)
-        result = _scored(task, chosen, answers, folder) | {
+        result = _scored(task, chosen, answers, folder)
+        texts = {item.id: answers[item.id].answer for item in chosen}
+        marks = checked_marks(task, chosen, texts, result["metrics"]) if isinstance(task, HasMarks) else None
+        result |= {
             "split": split,
             "limit": limit,
             "config": settings,
             "seed": seed,
             "device": device,
+            "n_marks": None if marks is None else len(marks),
         }
-        if isinstance(task, HasMarks):
-            texts = {item.id: answers[item.id].answer for item in chosen}
-            write_marks(folder / MARKS, task.marks(chosen, texts))
+        if isinstance(task, Exports):
+            write_json(folder / "export.json", task.export(chosen, texts))
+        if marks is not None:
+            write_marks(folder / MARKS, marks)
         write_json(folder / "result.json", result | provenance())
     return result | provenance()
 
@@ -200,7 +217,7 @@ def run_task(
 def rescore(
     task: Task | str, output: str | Path, limit: int | None = None, *, root: str | Path = ".", split: str | None = None
 ) -> dict[str, Any]:
-    """Score the answers that are there, asking nothing; AnswersError names what is missing."""
+    """Score the answers that are there, asking and writing nothing; AnswersError names what is missing."""
     task, split, items, folder = _open_task(task, output, root, split)
     answers = read_answers(folder / "answers.jsonl", items)
     return _scored(task, items if limit is None else items[:limit], answers, folder)
@@ -227,19 +244,26 @@ def _open_task(
     task: Task | str, output: str | Path, root: str | Path, split: str | None, items: list[Item] | None = None
 ) -> tuple[Task, str, list[Item], Path]:
     task = make_task(task) if isinstance(task, str) else task
+    check_dataclass(type(task), task.name)
     items = load_items(task, root, split) if items is None else items
     return task, task.splits[0] if split is None else split, items, task_folder(task, output, split)
 
 
 def _scored(task: Task, chosen: Sequence[Item], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
-    """The numbers over exactly `chosen`; a task that exports writes its official file beside the answers."""
+    """The numbers over exactly `chosen`. ValueError where the task gives numbers, and none of them is the score."""
     texts = require_all(answers, chosen, folder / "answers.jsonl")
-    if isinstance(task, Exports):
-        write_json(folder / "export.json", task.export(chosen, texts))
+    metrics = task.score(chosen, texts)
+    baselines = task.baselines(chosen) if isinstance(task, HasBaselines) else blind_baselines(task, chosen)
+    for what, numbers in (("score", metrics), *((f"baseline {name!r}", numbers) for name, numbers in baselines.items())):
+        if numbers and "score" not in numbers:
+            raise ValueError(
+                f"task {task.name}: its {what} gives {', '.join(numbers)}, but no \"score\", the number that tables print; "
+                f"mend the task and start again: the answers are kept in {folder}"
+            )
     return {
         "task": task.name,
-        "metrics": task.score(chosen, texts),
-        "baselines": task.baselines(chosen) if isinstance(task, HasBaselines) else blind_baselines(task, chosen),
+        "metrics": metrics,
+        "baselines": baselines,
         "n_questions": len(chosen),
         "n_images": len({item.image for item in chosen}),
         "answers_sha256": answers_sha256(texts),
@@ -269,9 +293,14 @@ def ask_items(
 
 
 def checked(items: list[Item], task_name: str) -> list[Item]:
-    """The items, or ValueError: a task without questions or with an id used twice cannot be scored."""
+    """The items, or ValueError: a task without questions, with an id used twice or one that is no text cannot be scored."""
     if not items:
         raise ValueError(f"task {task_name} has no questions in this folder and split")
+    for item in items:
+        for name in ("id", "image", "prompt"):
+            value = getattr(item, name)
+            if not isinstance(value, str):
+                raise ValueError(f"task {task_name}: an item's {name} is {value!r:.60}, a {type(value).__name__}; give text")
     twice = [question for question, n in Counter(item.id for item in items).items() if n > 1]
     if twice:
         raise ValueError(f"task {task_name} uses question ids twice: {', '.join(twice[:10])}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -84,7 +84,8 @@ class HasBaselines(Protocol):
 
 @runtime_checkable
 class HasMarks(Protocol):
-    """A task whose questions have marks of their own: the share of each that is right."""
+    """A task whose questions have marks of their own: the share of each that is right, 0 to 1, one for each item; a class
+    whose marks are of several items together says so by `marks_groups = True`."""
 
     def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]: ...
 
@@ -107,12 +108,37 @@ def find_tasks() -> Registry[Task]:
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task called `name`, with protocol choices other than the defaults; ValueError names what is known."""
     cls: Any = find_tasks().get(name)
+    check_dataclass(cls, name)
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise ValueError(f"task {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
     hints = get_type_hints(cls)
     return cls(**{option: typed(f"task {name}: {option}", value, hints[option]) for option, value in (options or {}).items()})
+
+
+def check_dataclass(cls: type, name: str) -> None:
+    """ValueError for a task that is no dataclass, whose protocol choices would not be known."""
+    if not is_dataclass(cls):
+        raise ValueError(f"task {name} is {cls.__qualname__}, which is no dataclass; write @dataclass(frozen=True) above it")
+
+
+def checked_marks(
+    task: HasMarks, items: Sequence[Item], answers: Mapping[str, str], metrics: Mapping[str, float]
+) -> Sequence[Mark]:
+    """The marks, or ValueError: not from 0 to 1, or not one for each item. None at all are right without a score."""
+    marks, name = task.marks(items, answers), getattr(task, "name", type(task).__name__)
+    then = "mend the task and start again: the answers are kept"
+    for mark in marks:
+        if not 0 <= mark.score <= 1:
+            raise ValueError(f"task {name}: the mark of {mark.id} is {mark.score}; marks go from 0 to 1; {then}")
+    expected = Counter(item.id for item in items) if marks or metrics else Counter()
+    wrong = sorted((expected - (given := Counter(mark.id for mark in marks))) + (given - expected))
+    if wrong and not getattr(task, "marks_groups", False):
+        raise ValueError(
+            f"task {name}: {len(marks)} marks for {len(items)} questions, not one for each ({', '.join(wrong[:5])}); {then}"
+        )
+    return marks
 
 
 # ----------------------------------------------------------------------------- what the official readers share

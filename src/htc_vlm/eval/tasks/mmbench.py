@@ -162,6 +162,8 @@ class MmBench:
     def facts(self, item: Item) -> Facts:
         return Facts(item.reference.question, item.reference.answer, item.reference.options)
 
+    marks_groups: ClassVar[bool] = True
+
     def marks(self, items: Sequence[Item], answers: Mapping[str, str]) -> list[Mark]:
         """One mark a question: all its rotations right, or (circular=false) the unrotated row."""
         rows: dict[int, list[bool]] = {}

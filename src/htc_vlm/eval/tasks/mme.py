@@ -35,7 +35,10 @@ def _texts_and_pictures(folder: Path) -> Iterator[tuple[Path, Path]]:
         raise FileNotFoundError(f"MME subtask missing: {folder}")
     divided = (folder / "questions_answers_YN").is_dir()
     texts, pictures = (folder / "questions_answers_YN", folder / "images") if divided else (folder, folder)
-    for text in sorted(texts.glob("*.txt")):
+    named = sorted(texts.glob("*.txt"))
+    if not named:
+        raise FileNotFoundError(f"MME subtask without questions: no .txt in {texts}")
+    for text in named:
         found = [pictures / (text.stem + end) for end in _PICTURES if (pictures / (text.stem + end)).is_file()]
         if len(found) != 1:
             raise FileNotFoundError(f"MME: {text} needs one picture named {text.stem}.* in {pictures}, found {found}")

@@ -48,12 +48,15 @@ class Pope:
         files = hub_files(root / "pope", "test") or [f for setting in wanted for f in hub_files(root / "pope", setting)]
         if reads_hub(root / "pope" / "coco" / f"coco_pope_{wanted[0]}.json", files):
             return self._from_hub(files, wanted)
+        entries = {setting: read_json_lines(root / "pope" / "coco" / f"coco_pope_{setting}.json") for setting in wanted}
+        for setting in [setting for setting in wanted if not entries[setting]]:
+            raise ValueError(f"{root / 'pope' / 'coco' / f'coco_pope_{setting}.json'}: holds no questions; download it again")
         return [
             Item(f"{setting}/{entry['question_id']}", entry["image"],
                  picture_at(root / "pope" / "val2014" / entry["image"]), entry["text"] + SHORT,
                  (setting, entry["label"]))
             for setting in wanted
-            for entry in read_json_lines(root / "pope" / "coco" / f"coco_pope_{setting}.json")
+            for entry in entries[setting]
         ]  # fmt: skip
 
     @staticmethod
