@@ -12,9 +12,11 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import htc_vlm
+from htc_vlm.files import write_json
 from htc_vlm.model import HtcVlmForConditionalGeneration, adapter
 from htc_vlm.model.add_compressor import with_compressor
 from htc_vlm.model.loading import without_compression
+from htc_vlm.model.weights_digest import weights_digest
 from htc_vlm.train.stages import freeze
 
 from .. import tinies
@@ -117,6 +119,41 @@ def test_a_saved_adapter_gives_the_same_entries_and_is_small(stock: Path, tmp_pa
     n_own = sum(weight.numel() for weight in adapter.weights(model).values())
     size = (tmp_path / adapter.WEIGHTS).stat().st_size
     assert size < 4 * n_own + 20_000
+
+
+@pytest.fixture(scope="module")
+def base(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a bottleneck token of its own, and other weights of a compressor."""
+    torch.manual_seed(3)
+    model, processor = with_compressor(stock, READERS, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_loaded_in_every_dtype_with_one_recipe(base: Path, tmp_path: Path) -> None:
+    """float16 was told to be another base; and its rounded LoRA to be another adapter."""
+    with_adapter(base).save_adapter(tmp_path)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    loads = [htc_vlm.load(base, adapter=tmp_path, dtype=dtype)[0] for dtype in dtypes]
+    assert [next(one.parameters()).dtype for one in loads] == list(dtypes)
+    first, *others = [one.recipe().parts["weights"] for one in loads]
+    assert others == [first] * 2
+    with torch.no_grad():
+        next(weight for name, weight in loads[2].named_parameters() if ".lora_B." in name).view(-1)[0] += 0.5
+    assert loads[2].recipe().parts["weights"] != first
+
+
+def test_a_new_bottleneck_token_does_not_make_another_base(stock: Path, tmp_path: Path) -> None:
+    """Its row is a mean, which each dtype rounds in its own way; adapters of before, whose digest has the row, are taken."""
+    model = with_adapter(stock)
+    model.save_adapter(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert htc_vlm.load(stock, adapter=tmp_path, dtype=dtype)[0].adapter["base"] == model.adapter["base"]
+    about = adapter.read_about(tmp_path) | {"base": weights_digest(model.get_decoder())}
+    write_json(tmp_path / adapter.ABOUT, about)
+    assert htc_vlm.load(stock, adapter=tmp_path)[0].adapter["base"] == model.adapter["base"] != about["base"]
 
 
 def test_another_base_is_refused(stock: Path, tmp_path: Path) -> None:

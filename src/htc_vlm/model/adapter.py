@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from htc_vlm.files import read_object, replacing, write_json
-from htc_vlm.model.weights_digest import weights_digest
+from htc_vlm.model.weights_digest import ADAPTER, weights_digest
 
-NAME = "image_reader"  # of the PEFT adapter
+NAME = ADAPTER  # of the PEFT adapter
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 COMPRESSOR = "model.compressor."
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,13 +64,20 @@ def add(model: Any, settings: LoraSettings | None = None) -> None:
             f"an adapter acts while an image is read, and {compressor.name!r} is trained in one pass with the text; use "
             "readers (n_readers: 1, n_looks: 1 is VoCo-LLaMA's bottleneck)"
         )
-    model.adapter = {"lora": asdict(settings), "base": weights_digest(model.get_decoder())}
+    model.adapter = {"lora": asdict(settings), "base": _base_digest(model)}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(settings.modules)
     )
     inject_adapter_in_model(config, model.get_decoder(), adapter_name=NAME)
     for layer in _layers(model.get_decoder()):
         layer._disable_adapters = True  # the flag alone: peft's enable_adapters would also stop the weights from learning
+
+
+def _base_digest(model: Any) -> str:
+    """Of the language model, without the bottleneck token's row: a new one is a mean, which is not the same in every dtype."""
+    decoder = model.get_decoder()
+    table = next(name for name, weight in decoder.named_parameters() if weight is model.get_input_embeddings().weight)
+    return weights_digest(decoder, inside=model, without=(table, model.config.bottleneck_token_id))
 
 
 def _layers(language_model: nn.Module) -> list[Any]:
@@ -121,7 +128,8 @@ def restore(model: Any, folder: str | os.PathLike[str], about: Mapping[str, Any]
     """Put a saved adapter on its base model. ValueError where it was trained on other weights, or does not fit."""
     lora = {**about["lora"], "modules": tuple(about["lora"]["modules"])}
     add(model, LoraSettings(**lora))
-    if model.adapter["base"] != about["base"]:
+    is_base = about["base"] == model.adapter["base"]
+    if not is_base and about["base"] != weights_digest(model.get_decoder(), inside=model):  # with that row, as once written
         raise ValueError(
             f"{folder}: this adapter was trained on a language model with digest {about['base'][:16]}, this one has "
             f"{model.adapter['base'][:16]}; load it with its own base"
@@ -133,3 +141,4 @@ def restore(model: Any, folder: str | os.PathLike[str], about: Mapping[str, Any]
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(saved[name])
+    model.adapter_file = Path(folder).absolute() / WEIGHTS  # where float16 weights are not rounded yet

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,28 @@ N_SAMPLED = 1024  # values of each tensor that enter the digest one by one
 N_SUMMED = 4096  # neighbours whose sum enters it
 CHUNK = 1 << 22  # values that are summed at a time: bounds the memory that the digest takes
 CONSTANTS = ("eps", "variance_epsilon")  # numbers of modules that are no tensors and no configuration once it is built
+ADAPTER = "image_reader"  # what our own adapter is called in memory and in its file (adapter.py)
 RENAMED = frozenset({"model", "vision_model", "language_model"})  # parts of names that differ between file and memory
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, inside: nn.Module | None = None, without: tuple[str, int] | None = None) -> str:
     """64 hex digits of all weights and persistent buffers, of norms' constants and of what active adapters add.
 
     Equal for float32, bfloat16 and float16 loads of one checkpoint, for any device, and for a model whose adapters are
     disabled and the model without them. ValueError for weights that are not here: sharded over processes (each process
     would see, and cache, its own share of the heads) or on the meta device.
+
+    inside: what was loaded from a checkpoint, where `model` is a part of it. without: (name, row) that does not enter.
     """
     made = hashlib.sha256()
-    in_file = _InFile(model)
+    in_file = _InFile(model if inside is None else inside, model)
     for name, value in sorted(_acting_tensors(model).items()):
         _check_is_here(name, value)
         value = value.detach()
         if value.dtype == torch.float16:
             value = in_file.before_rounding(name, value)
+        if without is not None and name == without[0]:
+            value = value.index_fill(0, torch.tensor(without[1], device=value.device), 0)
         made.update(f"{name} {tuple(value.shape)}".encode())
         for part in _summary(value):
             made.update(part.cpu().numpy().tobytes())
@@ -163,25 +168,38 @@ def _persistent(part: nn.Module) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------- float16 and its file
 class _InFile:
-    """The values of float16 weights before they were rounded, from the checkpoint that the model was loaded from."""
+    """The values of float16 weights before they were rounded, from the checkpoint that the model was loaded from, and the
+    file of its adapter."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, part: nn.Module) -> None:
         self._model = model
+        prefix = next((name for name, one in model.named_modules() if one is part), "")
+        self._prefix = f"{prefix}." if prefix else ""
         self._found: dict[str, tuple[Path, str]] | None = None
 
     def before_rounding(self, name: str, value: Tensor) -> Tensor:
-        """The file's tensor where rounding it gives `value`; else `value`, which then is no longer the file's."""
+        """The file's numbers where rounding them gives those of `value`; elsewhere `value`'s, no longer the file's. A table
+        may have grown since (the bottleneck token's row)."""
         if self._found is None:
-            self._found = _tensors_in_files(_folder_of(self._model))
-        here = self._found.get(_plain(name))
+            folder = _folder_of(self._model)
+            self._found = _tensors_in_files(sorted(folder.glob("*.safetensors")) if folder else [])
+            adapter = getattr(self._model, "adapter_file", None)
+            self._found |= _tensors_in_files([adapter] if adapter else [])
+        here = self._found.get(_plain(self._prefix + name))
         if here is None:
             return value
         with safe_open(here[0], framework="pt") as file:
             if file.get_slice(here[1]).get_dtype() not in ("F32", "BF16"):
                 return value  # float16 in the file too: nothing was rounded
             exact = file.get_tensor(here[1])
-        same = exact.shape == value.shape and torch.equal(exact.to(torch.float16), value.cpu())
-        return exact if same else value
+        at: Any = ...
+        if exact.shape != value.shape:
+            if exact.ndim != value.ndim or exact.shape[1:] != value.shape[1:] or len(exact) > len(value):
+                return value
+            at = slice(len(exact))
+        full = value.cpu().to(exact.dtype)
+        full[at] = torch.where(exact.to(torch.float16) == value.cpu()[at], exact, full[at])
+        return full
 
 
 def _folder_of(model: nn.Module) -> Path | None:
@@ -200,10 +218,10 @@ def _folder_of(model: nn.Module) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _tensors_in_files(folder: Path | None) -> dict[str, tuple[Path, str]]:
+def _tensors_in_files(paths: Sequence[Path]) -> dict[str, tuple[Path, str]]:
     """Plain name -> (file, its name there)."""
     found: dict[str, tuple[Path, str]] = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder else []:
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 found |= {_plain(key): (path, key) for key in file.keys()}  # noqa: SIM118 (no dict)
@@ -218,7 +236,7 @@ def _plain(name: str) -> str:
     >>> _plain("language_model.model.layers.0.mlp.up_proj.weight") == _plain("model.language_model.layers.0.mlp.up_proj.weight")
     True
     """
-    return ".".join(part for part in name.split(".") if part not in RENAMED)
+    return ".".join(part for part in name.replace(f".{ADAPTER}.", ".0.").split(".") if part not in RENAMED)
 
 
 # ---------------------------------------------------------------------------------------------------------------- watch
