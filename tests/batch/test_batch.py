@@ -303,6 +303,30 @@ def test_questions_that_are_no_text_are_named(tmp_path: Path) -> None:
         csv.field_size_limit(before)
 
 
+def test_a_run_on_ray_leaves_the_actors_of_another_alone(tmp_path: Path) -> None:
+    """The second run took over the stores that the first one's actors were writing, and removed them."""
+    from htc_vlm.batch import on_ray
+
+    given = settings(tmp_path)
+    model, processor = tiny.loaded(tiny.VOCO)
+
+    def keep(folder: Path, seed: int) -> None:
+        with ImageStore.open(folder, model, processor) as store:
+            store.add([tiny.noise(seed)])
+
+    keep(Path(given.store), 0)
+    workers = Path(f"{given.store}.workers")
+    keep(workers / "ended" / "actor", 1)
+    keep(workers / "of an earlier version", 2)
+    with on_ray._run_folder(given) as busy:
+        keep(busy / "actor", 3)
+        assert on_ray.merge_workers(given) == 2
+        assert list(workers.iterdir()) == [busy] and (busy / "actor" / "store.json").exists()
+    assert on_ray.merge_workers(given) == 1 and not workers.exists()
+    with ImageStore.open(given.store) as store:
+        assert len(store) == 4
+
+
 @pytest.mark.slow
 def test_ray_gives_the_rows_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two actors, each with a store of its own, merged; a second run finds nothing to do. Ray is the real one."""

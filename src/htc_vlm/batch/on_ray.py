@@ -7,10 +7,12 @@ Differs: Ray's own checkpoints keep all ids in memory, read all input again (ray
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from htc_vlm.batch.steps import Columns, CompressAndAsk, Decode, Settings
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.store import ImageStore
 
+LOCK = "lock"
 LEAST_CPUS = 4  # with fewer, an actor and the tasks that feed it wait for each other for ever
 
 
@@ -29,6 +32,12 @@ def engine(batches: Sequence[Columns], settings: Settings, n_actors: int = 2) ->
     merge_workers(settings)
     if not batches:
         return
+    with _run_folder(settings) as folder:
+        yield from _asked(batches, settings, n_actors, folder)
+    merge_workers(settings)
+
+
+def _asked(batches: Sequence[Columns], settings: Settings, n_actors: int, folder: Path) -> Iterator[Columns]:
     ray = _ray()
     n_cpus = int(ray.cluster_resources().get("CPU", 0))
     if n_cpus < LEAST_CPUS:
@@ -40,7 +49,7 @@ def engine(batches: Sequence[Columns], settings: Settings, n_actors: int = 2) ->
     data = ray.data.from_items(rows, override_num_blocks=max(1, min(len(batches), 200)))
     data = data.map_batches(Decode(settings), batch_size=batch_size, num_cpus=1)
     data = data.map_batches(
-        OwnStore, fn_constructor_args=(settings,), batch_size=batch_size, num_cpus=1,
+        OwnStore, fn_constructor_args=(settings, folder), batch_size=batch_size, num_cpus=1,
         num_gpus=1 if settings.device.startswith("cuda") else 0,
         compute=ray.data.ActorPoolStrategy(size=n_actors),
     )  # fmt: skip
@@ -54,14 +63,13 @@ def engine(batches: Sequence[Columns], settings: Settings, n_actors: int = 2) ->
                 ]
             )
             yield found
-    merge_workers(settings)
 
 
 class OwnStore(CompressAndAsk):
-    """`CompressAndAsk` into a store of its own: SQLite on a network's disk has one writer."""
+    """`CompressAndAsk` into a store of its own, in the run's folder: SQLite on a network's disk has one writer."""
 
-    def __init__(self, settings: Settings) -> None:
-        own = _workers(settings) / uuid.uuid4().hex
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        own = folder / uuid.uuid4().hex
         self.shared = ImageStore.open(settings.store, read_only=True)
         super().__init__(
             settings,
@@ -86,17 +94,46 @@ def _workers(settings: Settings) -> Path:
     return Path(f"{Path(settings.store).absolute()}.workers")
 
 
+@contextmanager
+def _run_folder(settings: Settings) -> Iterator[Path]:
+    """Where the actors of this run keep their stores; locked as long as it goes on, whatever ends it."""
+    name = uuid.uuid4().hex
+    folder, hidden = _workers(settings) / name, _workers(settings) / f".{name}"
+    hidden.mkdir(parents=True)
+    with _locked(hidden):
+        hidden.rename(folder)  # seen by other runs once it is locked
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Did this process get a run's folder for itself?"""
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
 def merge_workers(settings: Settings) -> int:
-    """Take over what actors kept in stores of their own; how many images."""
+    """Take over what actors of runs that have ended kept in stores of their own; how many images."""
     folder, n_new = _workers(settings), 0
-    if not folder.is_dir():
-        return 0
-    with ImageStore.open(settings.store) as store:
-        for one in sorted(folder.iterdir()):
-            if (one / "store.json").exists():
-                with ImageStore.open(one) as own:  # not read-only: a killed actor left its log
-                    n_new += store.merge(own)
-    shutil.rmtree(folder)
+    for run in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not run.is_dir() or run.name.startswith("."):
+            continue
+        with _locked(run) as is_ours:
+            if not is_ours:  # another run is at work, with actors of its own
+                continue
+            with ImageStore.open(settings.store) as store:
+                for one in (run, *sorted(run.iterdir())):  # the run itself: as an earlier version kept them
+                    if (one / "store.json").exists():
+                        with ImageStore.open(one) as own:  # not read-only: a killed actor left its log
+                            n_new += store.merge(own)
+            shutil.rmtree(run)
+    with suppress(OSError):  # not empty: another run's
+        folder.rmdir()
     return n_new
 
 
