@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageDraw
 
 import htc_vlm
 from htc_vlm import ImageStore
@@ -52,6 +53,52 @@ def test_files_folders_patterns_bytes_and_images_are_pictures(tmp_path: Path) ->
             store.add(tmp_path / "s")
         with pytest.raises(ValueError, match="a path, bytes or a PIL image, got int"):
             store.add([3])  # type: ignore[list-item]
+
+
+def _shape(of: str, kind: str) -> Image.Image:
+    """Black, with a circle or a square in its alpha alone."""
+    alpha = Image.new("L", (40, 40))
+    getattr(ImageDraw.Draw(alpha), of)((8, 8, 31, 31), fill=255)
+    return Image.merge("LA", (Image.new("L", (40, 40)), alpha)).convert(kind)
+
+
+def test_an_images_id_is_of_the_pixels_that_are_compressed(tmp_path: Path) -> None:
+    """`convert("RGB")` drops alpha and clips deep grey: a square's id was the circle's, and the store answered about that."""
+    values = np.random.default_rng(0).random((4, 30, 40))
+    deep = [Image.fromarray((300 + 60000 * one).astype(np.uint16)) for one in values[:2]]
+    unit = [Image.fromarray(one.astype(np.float32)) for one in values[2:]]
+    pictures = [_shape("ellipse", "RGBA"), _shape("rectangle", "RGBA"), _shape("ellipse", "La"), *deep, *unit]
+    with open_store(tmp_path / "s") as store:
+        ids = store.add(pictures)
+        assert ids.n_new == len(set(ids)) == 6 and ids[0] == ids[2] and not ids.refused
+        plain = tiny.noise(0)
+        assert store.add(plain) == [hashlib.sha256(b"pixels (40, 30) " + plain.tobytes()).hexdigest()]
+
+
+def test_a_pil_image_is_turned_upright_and_a_broken_one_holds_nothing_up(tmp_path: Path) -> None:
+    """A photo that lies on its side by its EXIF; a cut file, no pixels, 32-bit grey: one of them ended the whole `add`."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for kind in ("RGB", "L"):
+        tiny.noise(0).convert(kind).save(tmp_path / f"{kind}.png", exif=exif)
+    tiny.noise(1, (200, 200)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    broken = [Image.open(tmp_path / "cut.jpg"), Image.new("RGB", (0, 5)), Image.fromarray(np.full((9, 9), 70000, np.int32))]
+    with open_store(tmp_path / "s") as store:
+        for kind in ("RGB", "L"):
+            upright = tiny.noise(0).convert(kind).transpose(Image.Transpose.ROTATE_270).convert("RGB")
+            assert store.add(Image.open(tmp_path / f"{kind}.png")) == store.add(upright)
+        with pytest.warns(UserWarning, match="3 pictures left out"):
+            added = store.add([tiny.noise(1), *broken, tiny.noise(2)])
+        assert len(added) == 2 and [name for name, _ in added.refused] == ["picture 1", "picture 2", "picture 3"]
+        assert "truncated" in added.refused[0][1] and "no pixels" in added.refused[1][1]
+
+
+def test_a_name_that_no_file_can_have_is_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    with open_store(tmp_path / "s") as store, pytest.warns(UserWarning, match="2 pictures left out"):
+        added = store.add([tmp_path / "a.png", "x" * 300, "x" * 300 + "*"])
+        assert len(added) == 1 and "File name too long" in added.refused[0][1]
 
 
 def test_equal_bytes_share_one_image_and_keep_both_names(tmp_path: Path) -> None:

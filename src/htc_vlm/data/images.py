@@ -91,6 +91,12 @@ def from_bytes(data: bytes, name: str = "picture", max_pixels: int = DEFAULT_MAX
     return _decode(io.BytesIO(data), name, max_pixels)
 
 
+def from_image(image: Image.Image, name: str = "picture", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """`load_image` for a picture that Pillow has opened or made, which stays as it is; of several frames, the one it is at."""
+    with named_warnings(name):
+        return _upright_rgb(image, name, max_pixels)
+
+
 def pad_to_square(
     image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0), max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> Image.Image:
@@ -134,28 +140,33 @@ def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: is empty (0 bytes); download or copy it again")
     with named_warnings(name):
         image = _open(stream, name, head)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(
-                f"{name}: {width} x {height} pixels exceed the limit of {max_pixels:,}; "
-                "scale it down, or raise max_pixels if you trust the file"
-            )
-        if width * height == 0:
-            raise ImageError(f"{name}: has no pixels ({width} x {height}); save it again")
-        grey_key_scale = _grey_key_scale(image)
-        try:
-            image.load()
-            if grey_key_scale != 1:
-                image.info["transparency"] *= grey_key_scale
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright, image, name)
-        except ImageError:
-            raise
-        except Exception as error:
-            # Pillow's decoders raise SyntaxError, struct.error, EOFError, zlib.error and more on damaged files.
-            raise ImageError(
-                f"{name}: is damaged or truncated ({type(error).__name__}: {error}); download or copy it again"
-            ) from error
+        return _upright_rgb(image, name, max_pixels)
+
+
+def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """The rest of `_decode`, of an open picture."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: {width} x {height} pixels exceed the limit of {max_pixels:,}; "
+            "scale it down, or raise max_pixels if you trust the file"
+        )
+    if width * height == 0:
+        raise ImageError(f"{name}: has no pixels ({width} x {height}); save it again")
+    grey_key_scale = _grey_key_scale(image)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)  # a copy
+        if grey_key_scale != 1:
+            upright.info["transparency"] *= grey_key_scale
+        return _to_rgb(upright, image, name)
+    except ImageError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise SyntaxError, struct.error, EOFError, zlib.error and more on damaged files.
+        raise ImageError(
+            f"{name}: is damaged or truncated ({type(error).__name__}: {error}); download or copy it again"
+        ) from error
 
 
 @contextmanager
@@ -208,7 +219,7 @@ def _grey_key_scale(image: Image.Image) -> int:
     """What to multiply the transparent grey of a PNG of 2 or 4 bits by, 1 elsewhere; asked before loading pixels."""
     if image.format != "PNG" or image.mode != "L" or "transparency" not in image.info:
         return 1
-    tiles = image.tile  # type: ignore[attr-defined]
+    tiles = getattr(image, "tile", [])
     return GREY_KEY_SCALE.get(str(tiles[0].args), 1) if tiles else 1
 
 
@@ -220,6 +231,8 @@ def _to_rgb(image: Image.Image, opened: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: LAB colours are not supported; convert it to RGB")
     elif image.mode == "RGB" and max(image.info.get("transparency", (0,))) > 255:
         raise ImageError(f"{name}: a transparent colour in 16-bit RGB is not supported; save it with an alpha channel")
+    elif image.mode == "La":  # Pillow makes RGBA of RGBa, but not of this
+        image = image.convert("LA")
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)

@@ -134,12 +134,15 @@ class ImageStore:
     def _add_batch(self, batch: list[tuple[int, Found]], out: Added, refuse: Callable[[Found, int, str], None]) -> None:
         """Compress those pictures that are not there, and commit all with their names."""
         readable: list[tuple[int, Found]] = []
+        ids: dict[int, bytes] = {}
         for number, found in batch:
-            if found.error:
-                refuse(found, number, found.error)
-            else:
+            try:
+                if found.error:
+                    raise ImageError(found.error)
+                ids[number] = found.id
                 readable.append((number, found))
-        ids = {number: found.id for number, found in readable}
+            except (ImageError, OSError, ValueError) as error:
+                refuse(found, number, str(error))
         there = self._shards.intact(list(ids.values()))
         new: dict[bytes, Any] = {}
         broken: set[bytes] = set()

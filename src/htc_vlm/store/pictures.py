@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes
+from htc_vlm.data.images import DEFAULT_MAX_PIXELS, ImageError, from_bytes, from_image
 from htc_vlm.files import PICTURES, picture_files
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -32,23 +31,18 @@ class Found:
 
     @property
     def id(self) -> bytes:
-        """SHA-256 of the picture's bytes; of a PIL image, which has no file, of its size and pixels."""
+        """SHA-256 of the picture's bytes; of a PIL image, which has no file, of the size and pixels that are compressed.
+        ImageError for a PIL image that cannot be."""
         if self.content is not None:
             return hashlib.sha256(self.content).digest()
-        assert self.image is not None
-        pixels = self.image.convert("RGB")
+        pixels = self.decoded()
         return hashlib.sha256(f"pixels {pixels.size} ".encode() + pixels.tobytes()).digest()
 
     def decoded(self, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         """RGB, upright. ImageError for what is no picture, or would fill the memory when padded to a square."""
         name = self.name or "picture"
         if self.image is not None:
-            out = io.BytesIO()  # through a file's bytes: the same care for alpha, palettes and 16 bits
-            if self.image.mode == "RGB":
-                picture = self.image
-            else:
-                self.image.save(out, "TIFF" if self.image.mode in ("F", "CMYK", "YCbCr") else "PNG")
-                picture = from_bytes(out.getvalue(), name, max_pixels)
+            picture = from_image(self.image, name, max_pixels)
         else:
             picture = from_bytes(self.content or b"", name, max_pixels)
         if max(picture.size) ** 2 > max_pixels:
@@ -103,13 +97,13 @@ def paths_of(given: str | os.PathLike[str]) -> list[Path]:
     [PosixPath('nowhere/at_all.png')]
     """
     path = Path(given)
-    if path.is_dir():
-        found = [file for file in picture_files([path])[0] if file.is_file()]
+    if os.path.isdir(path):  # unlike Path's own, these say no of a name that is too long, and of a folder that is closed
+        found = [file for file in picture_files([path])[0] if os.path.isfile(file)]
         if not found:
             raise ValueError(f"{path}: no pictures in this folder (looked for {', '.join(sorted(PICTURES))})")
         return found
-    if not path.exists() and glob.has_magic(str(given)):
-        matches = [Path(one) for one in sorted(glob.glob(str(given), recursive=True)) if Path(one).is_file()]
+    if not os.path.exists(path) and glob.has_magic(str(given)):
+        matches = [Path(one) for one in sorted(glob.glob(str(given), recursive=True)) if os.path.isfile(one)]
         if not matches:
             raise ValueError(f"{given}: no file matches this pattern")
         return matches
@@ -118,11 +112,11 @@ def paths_of(given: str | os.PathLike[str]) -> list[Path]:
 
 def _read(path: Path) -> Found:
     name = str(path)
-    if not path.exists():
-        return Found(name, error=f"{path}: no such file; check the path")
-    if not path.is_file():
-        return Found(name, error=f"{path}: is not a regular file; save the picture to disk first")
     try:
+        if not path.exists():
+            return Found(name, error=f"{path}: no such file; check the path")
+        if not path.is_file():
+            return Found(name, error=f"{path}: is not a regular file; save the picture to disk first")
         return Found(name, content=path.read_bytes())
     except OSError as error:
-        return Found(name, error=f"{path}: cannot be read ({error.strerror or error}); check its permissions")
+        return Found(name, error=f"{path}: cannot be read ({error.strerror or error}); check its name and permissions")
