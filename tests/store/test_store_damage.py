@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from htc_vlm import ImageStore
-from htc_vlm.store import DamagedImageError
+from htc_vlm.store import DamagedImageError, UnknownImageError
 
 from .stores import flip, open_store, png, shard, some
 
@@ -88,3 +88,19 @@ def test_a_file_that_is_no_database_any_more_is_named(tmp_path: Path) -> None:
     with open_store(tmp_path / "s") as store:
         store.put(ids, images)
         assert store.verify() == [] and len(store) == 40
+
+
+def test_a_file_without_tables_is_empty_until_they_are_made(tmp_path: Path) -> None:
+    """A writer that was killed, or is at work, between making a file and its tables: readers were told of damage."""
+    ids, images = some(40)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids[:1], images[:1])
+    for name in "0123456789abcdef":
+        (tmp_path / "s" / f"{name}.sqlite").touch()
+    with ImageStore.open(tmp_path / "s", read_only=True) as reader, open_store(tmp_path / "t") as taker:
+        assert len(reader) == len(reader.list()) == 1 and reader.verify() == [] and taker.merge(reader) == 1
+        with pytest.raises(UnknownImageError):
+            reader.find("cat.png")
+        with open_store(tmp_path / "s") as store:
+            store.put(ids, images, [f"p{i}" for i in range(40)])
+        assert len(reader) == 40 and reader.find("p7").hex() == ids[7]

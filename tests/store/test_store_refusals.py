@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from htc_vlm import CompressedImages, ImageStore
 from htc_vlm.store import UnknownImageError
 from htc_vlm.store import shards as shards_module
 from htc_vlm.store.about import About
+from htc_vlm.store.shard_files import ShardFiles
 
 from .. import tiny_runs as tiny
 from .stores import open_store, png, shard, some
@@ -102,8 +106,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     ids, images = some(2000)
     real = shards_module.Shards._open
 
-    def small(self: Any, path: Path) -> sqlite3.Connection:
-        db = real(self, path)
+    def small(self: Any, path: Path, create: bool) -> sqlite3.Connection:
+        db = real(self, path, create)
         db.execute("PRAGMA max_page_count = 12")
         return db
 
@@ -115,6 +119,83 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
                 store.put(ids[start : start + 50], images[start : start + 50])
                 n_kept += 50
         assert n_kept >= 100 and store.get(ids[:n_kept]).kv.equal(images.kv[:n_kept]) and store.verify() == []
+
+
+def _sqlite(code: int, text: str) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = code
+    return error
+
+
+def test_a_closed_store_on_a_full_disk_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite makes an index of 32 KiB beside a file before it reads it; where that finds no room, nothing could be read."""
+    ids, images = some(20)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids[:10], images[:10], [f"p{i}" for i in range(10)])
+    (tmp_path / "s" / f"{ids[10][0]}.sqlite").touch()  # what the failed `add` leaves, if no other picture was there
+    real, full = ShardFiles._connection, True
+
+    def connection(self: Any, path: Path, mode: str = "", is_frozen: bool = False) -> Any:
+        if full and not is_frozen:
+            raise _sqlite(sqlite3.SQLITE_IOERR_SHMSIZE, "disk I/O error")
+        return real(self, path, mode, is_frozen)
+
+    monkeypatch.setattr(ShardFiles, "_connection", connection)
+    for read_only in (True, False):
+        with ImageStore.open(tmp_path / "s", read_only=read_only) as store:
+            assert store.get(ids[:10]).kv.equal(images.kv[:10]) and store.find("p3").hex() == ids[3]
+            assert len(store) == len(store.list()) == 10 and store.verify() == []
+            if not read_only:
+                with pytest.raises(OSError, match="the disk is full; what was added before is kept"):
+                    store.put(ids, images)
+                full = False  # somebody made room: written to, and what another process writes is seen
+                store.put(ids[:15], images[:15])
+                with ImageStore.open(tmp_path / "s") as other:
+                    other.put(ids[15:], images[15:])
+                assert store.get(ids).kv.equal(images.kv) and len(store) == 20
+
+
+def test_a_log_that_cannot_be_read_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed writer's store on a read-only disk: the error said that the store can be read."""
+    ids, images = some(1)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids, images)
+    (tmp_path / "s" / f"{ids[0][0]}.sqlite-wal").write_bytes(b"log")
+
+    def connection(*words: Any, **named: Any) -> Any:
+        raise _sqlite(sqlite3.SQLITE_READONLY_CANTINIT, "attempt to write a readonly database")
+
+    monkeypatch.setattr(ShardFiles, "_connection", connection)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with ImageStore.open(tmp_path / "s") as store, pytest.raises(OSError, match="left a log beside it.*copy the whole folder"):
+        store.get(ids)
+
+
+def test_threads_that_ended_keep_no_files_open_and_too_many_are_named(tmp_path: Path) -> None:
+    """Forty threads, one after the other, left 492 connections; the next was told that the store is read-only."""
+    ids, images = some(40)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids, images)
+        for _ in range(4):
+            thread = threading.Thread(target=store.get, args=(ids,))
+            thread.start()
+            thread.join()
+        assert len(store.get(ids)) == 40 and len(store._shards._connections) <= 32
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open_store(tmp_path / "s") as store:
+        held: list[int] = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+            with suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            with pytest.raises(OSError, match="too many open files; raise `ulimit -n`"):
+                store.get(ids)
+        finally:
+            for one in held:
+                os.close(one)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert len(store.get(ids)) == 40
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ class Shards(ShardFiles):
         """Give the room of removed rows back to the disk."""
         for shard in range(N_SHARDS):
             with self._speaking(shard):
-                db = self._connect(shard, create=False)
-                if db is not None:
+                if self._connect(shard, create=False) is not None:
+                    db = self._connect(shard, create=True)
+                    assert db is not None
                     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                     db.execute("VACUUM")
                     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
