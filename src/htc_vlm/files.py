@@ -181,6 +181,15 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
+def printable(name: str) -> str:
+    """A file name that is no UTF-8 in a form that can be written.
+
+    >>> printable("caf" + chr(0xDCE9) + ".png")
+    'caf\\\\udce9.png'
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def check_text(text: str, where: str) -> None:
     """ValueError for half a letter (a lone surrogate, as JSON or a file name may hold), which no tokenizer takes."""
     try:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import htc_vlm_cli as cli
+from htc_vlm.batch.steps import Settings, store_of
 from htc_vlm.cli.serve import TOKEN
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,14 @@ def test_where_nobody_can_listen_is_told_before_a_model_is_loaded(tmp_path: Path
             captured = capsys.readouterr()
             assert message in captured.err and "is the page" not in captured.err, captured.err
     assert not (tmp_path / "album").exists()
+
+
+def test_int2_without_levels_is_refused_before_a_store_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server started, and every new picture was a 400 that blamed the client."""
+    assert cli.main(["serve", "--store", str(tmp_path / "album"), "--dtype", "int2"]) == 2
+    assert "begin the store with `htc-vlm store add" in capsys.readouterr().err and not (tmp_path / "album").exists()
+    with pytest.raises(ValueError, match="int2 has no levels yet; begin the store with"):
+        store_of(Settings("tiny", str(tmp_path / "album"), "int2"), None, None)
 
 
 def test_the_commands_of_the_compose_file_in_the_docs_are_ours() -> None:

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageDraw
 import htc_vlm
 from htc_vlm import ImageStore
 from htc_vlm.model.answering import Answerer
+from htc_vlm.model.packing import Levels
 from htc_vlm.store.pictures import find, paths_of
 
 from .. import tinies
@@ -193,6 +194,43 @@ def test_maps_travel_with_the_image(tmp_path: Path) -> None:
     with open_store(tmp_path / "s", maps=True) as store:
         kept = store.get(store.add([png(0), png(1)]))
         assert kept.maps is not None and kept.maps.shape == (2, tiny.N_PATCHES) and kept.maps.amax(1).tolist() == [255, 255]
+
+
+def test_maps_are_made_for_images_that_have_none(tmp_path: Path) -> None:
+    """`add --maps` passed over what was there, and said nothing."""
+    with open_store(tmp_path / "s") as store:
+        ids = store.add([png(0), png(1)])
+    with open_store(tmp_path / "s", maps=True) as store:
+        assert store.add([png(0)]).n_new == 1 and store.add([png(0)]).n_new == 0 and len(store) == 2
+        assert store.get(ids[0]).maps is not None and store.get(ids[1]).maps is None
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    ids, images = some(2)
+    levels, others = (Levels.fit(torch.randn(64, *images.kv.shape[1:]) * scale) for scale in (1, 5))
+    open_store(tmp_path / "s").close()
+    with open_store(tmp_path / "t", "int2", levels=levels) as store:
+        store.put(ids, images)
+    ImageStore.open(tmp_path / "t", levels=levels).close()
+    for folder, options, message in [
+        ("s", {"levels": levels}, "levels are for int2, and this store keeps model"),
+        ("t", {"levels": others}, "has int2 levels of its own, which differ"),
+        ("s", {"maps": True}, "method and maps are for adding; give a model"),
+        ("s", {"method": "none"}, "method and maps are for adding; give a model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ImageStore.open(tmp_path / folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_name_that_would_be_taken_for_an_id_is_refused(tmp_path: Path) -> None:
+    """It was kept, and never found. A file that is called by its own digest is fine."""
+    ids, images = some(2)
+    with open_store(tmp_path / "s") as store:
+        for act in (lambda: store.put(ids, images, [ids[1], ids[0]]), lambda: store.name([(ids[0], ids[1])])):
+            with pytest.raises(ValueError, match="a name of 64 hex digits is taken for an id"):
+                act()
+        store.put(ids, images, list(ids))
+        assert store.get(ids).kv.equal(images.kv)
 
 
 def test_what_stands_for_pictures(tmp_path: Path) -> None:

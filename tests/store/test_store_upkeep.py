@@ -12,6 +12,7 @@ import torch
 
 from htc_vlm import CompressedImages, ImageStore
 from htc_vlm.store.shards import Shards
+from htc_vlm_cli import main
 
 from .. import tiny_runs as tiny
 from .stores import open_store, some
@@ -61,6 +62,40 @@ def test_merging_takes_images_and_names_over(tmp_path: Path) -> None:
             a.merge(c)
         with pytest.raises(ValueError, match="is the same store"):
             a.merge(a)
+
+
+def test_a_name_goes_to_the_picture_it_was_given_to_last(tmp_path: Path) -> None:
+    """Within one call the highest file's picture had it; a merge gave it to the older picture of the other store."""
+    ids, images = some(40)
+    with open_store(tmp_path / "a") as old, open_store(tmp_path / "b") as new, open_store(tmp_path / "c") as all_of_them:
+        old.put(ids[:20], images[:20], ["n.png", "o.png"] + [None] * 18)  # type: ignore[list-item]
+        new.put(ids[20:], images[20:], ["n.png"] + [None] * 19)  # type: ignore[list-item]
+        for last in (max(ids[20:]), min(ids[20:])):
+            new.name([("dup", max(ids[20:])), ("dup", min(ids[20:])), ("dup", last)])
+            assert new.find("dup").hex() == last
+        assert new.merge(old) == 20 and new.find("n.png").hex() == ids[20] and new.find("o.png").hex() == ids[1]
+        for one in (new, old):
+            all_of_them.merge(one)
+        assert all_of_them.find("n.png").hex() == ids[20] and old.merge(new) == 20 and old.find("n.png").hex() == ids[20]
+
+
+def test_unknown_ones_are_passed_over_when_removed(tmp_path: Path) -> None:
+    ids, images = some(2)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids, images, ["a", "b"])
+        assert store.remove(["a", "nobody", "0" * 64]) == 1 and store.list() == ids[1:]
+
+
+def test_a_name_that_is_no_utf8_leaves_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file name of another age, `caf\\xe9.png`: the whole export died of it, and so did the list on a terminal."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ids, images = some(1)
+    with open_store(tmp_path / "s") as store:
+        store.put(ids, images, ["caf\udce9.png"])
+        assert store.find("caf\udce9.png").hex() == ids[0] and store.list()[0].names == ["caf\udce9.png"]
+        store.export(tmp_path / "x.parquet")
+    assert parquet.read_table(tmp_path / "x.parquet").to_pylist()[0]["names"] == ["caf\\udce9.png"]
+    assert main(["store", "list", str(tmp_path / "s")]) == 0 and "caf\\udce9.png" in capsys.readouterr().out
 
 
 def test_images_are_exported_to_parquet(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from htc_vlm.batch.journal import WRITTEN
-from htc_vlm.files import PICTURES, read_text
+from htc_vlm.files import PICTURES, printable, read_text
 from htc_vlm.store.pictures import paths_of
 
 IMAGE_COLUMNS = ("image", "picture", "jpg", "png", "bytes", "content", "image_bytes")
@@ -124,15 +124,6 @@ def _refs_of_file(path: Path) -> Iterator[Ref]:
 
 def _file_ref(path: Path) -> Ref:
     return Ref(printable(str(path)), "file", str(path))
-
-
-def printable(name: str) -> str:
-    """A file name that is no UTF-8 in a form that can be written.
-
-    >>> printable("caf" + chr(0xDCE9) + ".png")
-    'caf\\\\udce9.png'
-    """
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _refs_in_tar(path: Path) -> Iterator[Ref]:

@@ -27,6 +27,7 @@ from htc_vlm.model.loading import find, load, load_processor, model_type, to_dev
 from htc_vlm.model.prefix_cache import own_bottleneck
 from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.store import ImageStore
+from htc_vlm.store.about import check_levels
 
 Columns = dict[str, Any]
 ASK_AT_ONCE = 64  # rows of one generate
@@ -218,6 +219,7 @@ def columns_of(refs: Sequence[Ref], asked: Sequence[Sequence[str]]) -> Columns:
 
 def store_of(settings: Settings, model: Any, processor: Any) -> ImageStore:
     """The run's store, to be written to."""
+    check_levels(settings.store, settings.dtype)
     return ImageStore.open(settings.store, model, processor, settings.dtype, method=settings.method, maps=settings.maps)
 
 

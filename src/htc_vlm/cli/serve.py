@@ -95,8 +95,10 @@ def make_app(options: argparse.Namespace, token: str | None) -> Any:
     from htc_vlm.serve.app import make_app
     from htc_vlm.serve.limits import Limits
     from htc_vlm.store import ImageStore
+    from htc_vlm.store.about import check_levels
 
     limits, method = Limits(**{name: getattr(options, name) for name in _limits()}), kept_method(options)
+    check_levels(options.store, options.dtype)
     check_address(options.host, options.port)
     model, processor = load(options.model)
     to_device(model, options.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 from htc_vlm.cli._method import add_method, kept_method
 from htc_vlm.cli._toys import tell_toy
+from htc_vlm.files import printable
 
 EXIT_PARTLY = 1
 DTYPES = ("model", "int8", "int4", "int2")
@@ -124,7 +125,7 @@ def show(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"id": str(one), "names": one.names, "bytes": one.nbytes, "added": one.added}))
             else:
-                print(f"{one}  {one.nbytes:>9,} bytes  {', '.join(one.names)}")
+                print(f"{one}  {one.nbytes:>9,} bytes  {printable(', '.join(one.names))}")
         if not options.json:
             print(f"{len(entries)} of {len(store)} images, {store.about.dtype}, {store.nbytes_on_disk:,} bytes on disk")
     return 0
@@ -142,7 +143,7 @@ def verify(options: argparse.Namespace) -> int:
         damaged = store.verify(progress=sys.stderr.isatty())
         names = {one: own for one in store.list() if one in set(damaged) for own in [one.names]} if damaged else {}
         for one in damaged:
-            print(f"damaged: {one}  {', '.join(names.get(one, []))}")
+            print(f"damaged: {one}  {printable(', '.join(names.get(one, [])))}")
         print(f"{len(store)} images, {len(damaged)} damaged")
     return EXIT_PARTLY if damaged else 0
 

@@ -29,6 +29,7 @@ from htc_vlm.serve.pictures import Pictures, data_of
 from htc_vlm.serve.schema import ChatRequest, ImageRequest
 from htc_vlm.serve.stock import StockEngine, StockWriter
 from htc_vlm.store import ImageStore
+from htc_vlm.store.about import check_levels
 from htc_vlm.store.encoding import NO_METHOD
 
 routes = APIRouter()
@@ -65,6 +66,7 @@ def make_app(
     is_stock = not own_bottleneck(model)
     if is_stock and "prompt" not in store.about.recipe.parts:
         raise ValueError(f"model {model_name!r} has no bottleneck, and the store was not made by it; {NO_METHOD}")
+    check_levels(store.path)
     limits, metrics = limits or Limits(), Metrics()
     engine = (StockEngine if is_stock else Engine)(model, processor, limits, metrics)
     pictures = Pictures(engine, store)

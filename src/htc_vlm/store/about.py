@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensors_as_bytes
 
-from htc_vlm.model.packing import Levels
+from htc_vlm.model.packing import LEAST_CALIBRATION, Levels
 from htc_vlm.model.recipe import Recipe
 from htc_vlm.store.rows import SCHEMA
 
@@ -112,6 +112,15 @@ class About:
         _write_once(folder / LEVELS_FILE, _levels_as_bytes(levels))
         return self.with_levels_of(folder)
 
+    def with_levels(self, folder: Path, levels: Levels) -> About:
+        """Take levels that a caller has. ValueError where there are others, or none are used."""
+        if self.dtype != "int2":
+            raise ValueError(f"{folder}: levels are for int2, and this store keeps {self.dtype}; leave them out")
+        about = self if self.levels is not None else self.calibrated(folder, levels)
+        if about.levels is None or about.levels.digest != levels.digest:
+            raise ValueError(f"{folder}: has int2 levels of its own, which differ from those given; leave them out")
+        return about
+
     def check_recipe(self, recipe: Recipe, folder: Path) -> None:
         """ValueError that says what differs."""
         if recipe.digest != self.recipe.digest:
@@ -127,6 +136,16 @@ class About:
         sizes = [(one.dtype, one.layers, one.n_heads, one.head_dim) for one in (self, other)]
         same_floats = self.dtype != "model" or self.torch_dtype == other.torch_dtype
         return sizes[0] == sizes[1] and levels[0] == levels[1] and same_floats
+
+
+def check_levels(folder: str | os.PathLike[str], dtype: str = "model") -> None:
+    """ValueError for a store of int2, there or to be made, without levels: pictures that come a few at a time make none."""
+    about = About.read(Path(folder))
+    if (dtype if about is None else about.dtype) == "int2" and (about is None or about.levels is None):
+        raise ValueError(
+            f"{folder}: int2 has no levels yet; begin the store with `htc-vlm store add {folder} PICTURES --dtype int2`, "
+            f"{LEAST_CALIBRATION} pictures or more"
+        )
 
 
 class _NewerError(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from htc_vlm.files import replacing
+from htc_vlm.files import printable, replacing
 from htc_vlm.store.about import About
 from htc_vlm.store.rows import Row
 
@@ -39,8 +39,8 @@ def write_parquet(path: Path, about: About, batches: Iterator[list[tuple[Row, li
     with replacing(path) as partial, arrow.parquet.ParquetWriter(partial, schema) as writer:
         for batch in batches:
             rows = [
-                {"id": row.id.hex(), "names": names, "kv": row.kv, "map": row.seen or None, "n_visual": row.n_visual,
-                 "n_entries": row.n_entries, "added": row.added}
+                {"id": row.id.hex(), "names": [printable(one) for one in names], "kv": row.kv, "map": row.seen or None,
+                 "n_visual": row.n_visual, "n_entries": row.n_entries, "added": row.added}
                 for row, names in batch
             ]  # fmt: skip
             writer.write_table(arrow.Table.from_pylist(rows, schema=schema))

@@ -12,6 +12,7 @@ import errno
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ from htc_vlm.store.encoding import OwnBottleneck, StockMethod, encode_each, enco
 from htc_vlm.store.entries import Added, StoredImage
 from htc_vlm.store.listing import listed
 from htc_vlm.store.pictures import Found, Picture, find, in_batches
-from htc_vlm.store.rows import Row, UnknownImageError, is_id, key_of
+from htc_vlm.store.rows import Row, UnknownImageError, check_names, is_id, key_of
 from htc_vlm.store.shards import Shards
 
 Encoder = OwnBottleneck | StockMethod
@@ -80,12 +81,17 @@ class ImageStore:
         if maps and (isinstance(encoder, StockMethod) or not getattr(model, "HAS_MAPS", True)):
             told = "maps are of what a bottleneck looked at in a square grid of patches"
             raise ValueError(f"{told}, which this model does not have; leave maps out")
+        if about is None and (encoder is None or read_only):
+            raise ValueError(f"{folder}: no store is there; give a model and its processor to make one")
+        if encoder is None and (method is not None or maps):
+            raise ValueError(f"{folder}: method and maps are for adding; give a model and its processor, or leave them out")
         if about is None:
-            if encoder is None or read_only:
-                raise ValueError(f"{folder}: no store is there; give a model and its processor to make one")
+            assert encoder is not None
             about = About.make(folder, encoder.recipe(), dtype, model.dtype, heads_of(model), levels)
         if encoder is not None:
             about.check_recipe(encoder.recipe(), folder)
+        if levels is not None:
+            about = about.with_levels(folder, levels)
         if dtype not in ("model", about.dtype):
             raise ValueError(f"{folder}: this store keeps {about.dtype}, not {dtype}; make a new one, or leave dtype out")
         return cls(folder, about, encoder, read_only or not os.access(folder, os.W_OK), maps)
@@ -99,7 +105,8 @@ class ImageStore:
         progress: bool = False,
         on_refused: Callable[[str, str], None] | None = None,
     ) -> Added:
-        """Compress what is not there yet -> the ids of all pictures, in order; equal bytes have one.
+        """Compress what is not there yet (with `maps`, also what has none) -> the ids of all pictures, in order; equal bytes
+        have one.
 
         pictures: files, folders, patterns, bytes, PIL images, or a mixture; names of files are kept.
         on_refused(name, reason): called for each picture that cannot be read; without it a warning says how many. They are
@@ -140,10 +147,11 @@ class ImageStore:
                 if found.error:
                     raise ImageError(found.error)
                 ids[number] = found.id
+                check_names([] if found.name is None else [(found.name, ids[number])])
                 readable.append((number, found))
             except (ImageError, OSError, ValueError) as error:
                 refuse(found, number, str(error))
-        there = self._shards.intact(list(ids.values()))
+        there = self._shards.intact(list(ids.values()), with_map=self.maps)
         new: dict[bytes, Any] = {}
         broken: set[bytes] = set()
         for number, found in readable:
@@ -203,12 +211,15 @@ class ImageStore:
         images.check_made_by(self.about.recipe.digest)
         keys = [key_of(one) for one in ids]
         named = [(name, id) for name, id in zip(names or [None] * len(keys), keys, strict=True) if name is not None]
+        check_names(named)
         self._shards.write(self._rows(keys, self._as_stored(images)), named)
 
     def name(self, names: Iterable[tuple[str, str]]) -> None:
         """Give names to images: (name, id). A name that another image has goes to the new one."""
         self._need_writable()
-        self._shards.write([], [(name, key_of(id)) for name, id in names])
+        named = [(name, key_of(id)) for name, id in names]
+        check_names(named)
+        self._shards.write([], named)
 
     def intact(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that are there and undamaged."""
@@ -298,9 +309,13 @@ class ImageStore:
 
     # ------------------------------------------------------------------------------------------------------------- keep
     def remove(self, ids: Sequence[str] | str) -> int:
-        """Take images out by id or name, with all their names; how many there were. Unknown ids are passed over."""
+        """Take images out by id or name, with all their names; how many there were. Unknown ones are passed over."""
         self._need_writable()
-        return self._shards.remove([self.find(one) for one in ([ids] if isinstance(ids, str) else ids)])
+        known = []
+        for one in [ids] if isinstance(ids, str) else ids:
+            with suppress(UnknownImageError):
+                known.append(self.find(one))
+        return self._shards.remove(known)
 
     def verify(self, progress: bool = False) -> builtins.list[str]:
         """Read everything: the ids of damaged images. `add` their pictures again, or `remove` them.
@@ -334,6 +349,7 @@ class ImageStore:
     def merge(self, other: ImageStore | str | os.PathLike[str], progress: bool = False) -> int:
         """Take over all images and names of another store of the same recipe and packing; how many were new.
 
+        Of two pictures of one name, that which it was given to last has it.
         Damaged images of the other stay where they are, with a warning. ValueError for another recipe or dtype.
         """
         self._need_writable()
@@ -355,8 +371,11 @@ class ImageStore:
             chunk = ids[start : start + 16 * BATCH]
             here, whole = self._shards.intact(chunk), other._shards.intact(chunk)
             rows = other._shards.read([id for id in chunk if id in whole and id not in here])
-            names = other._shards.names([id for id in chunk if id in whole])
-            self._shards.write(list(rows.values()), [(name, id) for id, own in names.items() for name in own])
+            names = {name: (id, at) for id in chunk if id in whole for name, at in other._shards.names_given(id)}
+            ours = self._shards.last_given(list(names))
+            newer = {name: one for name, one in names.items() if name not in ours or one[1] > ours[name]}
+            given = {name: at for name, (_, at) in newer.items()}
+            self._shards.write(list(rows.values()), [(name, id) for name, (id, _) in newer.items()], given)
             n_new, n_damaged = n_new + len(rows), n_damaged + len(chunk) - len(whole)
         if n_damaged:
             warnings.warn(f"{other.path}: {n_damaged} damaged images were left out; `verify` names them", stacklevel=2)

@@ -6,6 +6,7 @@ Source:  ours.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SCHEMA = 1
@@ -67,6 +68,13 @@ def name_as_given(name: bytes) -> str:
 
 def is_id(text: str) -> bool:
     return len(text) == 64 and all(one in "0123456789abcdef" for one in text)
+
+
+def check_names(named: Iterable[tuple[str, bytes]]) -> None:
+    """ValueError for a name that nobody would find, for it is taken for the id of another image."""
+    for name, id in named:
+        if is_id(name) and name != id.hex():
+            raise ValueError(f"{name}: a name of 64 hex digits is taken for an id; give another, or a file's whole path")
 
 
 def key_of(text: str) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,17 @@ class Shards(ShardFiles):
         self.key = key
 
     # ---------------------------------------------------------------------------------------------------------- writing
-    def write(self, rows: Sequence[Row], names: Sequence[tuple[str, bytes]] = ()) -> None:
+    def write(
+        self, rows: Sequence[Row], names: Sequence[tuple[str, bytes]] = (), given: Mapping[str, float] | None = None
+    ) -> None:
         """Put rows and names in, in commits of at most 32 rows: what is in when this returns stays, whatever happens next.
-        A row that is there already is replaced; a name goes to its new image. OSError: the disk is full or read-only."""
+        A row that is there already is replaced; a name goes to the last image it is given to. given: when each name was
+        (default: now). OSError: the disk is full or read-only."""
+        names = list(dict(names).items())
         stale = self._elsewhere(names) if names else {}
         for shard in range(N_SHARDS):
             mine = [row for row in rows if _shard_of(row.id) == shard]
-            named = self._name_values([(name, id) for name, id in names if _shard_of(id) == shard])
+            named = self._name_values([(name, id) for name, id in names if _shard_of(id) == shard], given or {})
             chunks = [mine[start : start + COMMIT_ROWS] for start in range(0, len(mine), COMMIT_ROWS)]
             for chunk in chunks or ([[]] if named else []):
                 values = [self._values(row) for row in chunk]
@@ -93,9 +97,9 @@ class Shards(ShardFiles):
             raise UnknownImageError(f"{self.folder}: no image {missing[0].hex()}; `htc-vlm store list` shows what there is")
         return found
 
-    def intact(self, ids: Sequence[bytes]) -> set[bytes]:
-        """Those of `ids` that are there and undamaged."""
-        return {id for id, row in self._read(ids) if row is not None}
+    def intact(self, ids: Sequence[bytes], with_map: bool = False) -> set[bytes]:
+        """Those of `ids` that are there and undamaged; with_map: and have a map."""
+        return {id for id, row in self._read(ids) if row is not None and (row.seen or not with_map)}
 
     def _read(self, ids: Sequence[bytes]) -> Iterator[tuple[bytes, Row | None]]:
         """(id, row) of those that are there; None for a damaged row."""
@@ -154,11 +158,23 @@ class Shards(ShardFiles):
 
     def names(self, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
         """The names of images, in the order they were given."""
-        found: dict[bytes, list[str]] = {id: [] for id in ids}
-        for id in ids:
-            select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
-            records = self.select(_shard_of(id), select, (id,))
-            found[id] = [name_as_given(record[0]) for record in records if self._name_holds(record)]
+        return {id: [name for name, _ in self.names_given(id)] for id in ids}
+
+    def names_given(self, id: bytes) -> list[tuple[str, float]]:
+        """The names of one image and when each was given, in this order."""
+        select = "SELECT name, id, checksum, added FROM names WHERE id = ? ORDER BY added, name"
+        records = self.select(_shard_of(id), select, (id,))
+        return [(name_as_given(record[0]), record[3]) for record in records if self._name_holds(record)]
+
+    def last_given(self, names: Sequence[str]) -> dict[str, float]:
+        """When each name was given last; of those that are there."""
+        found: dict[str, float] = {}
+        for start in range(0, len(names), READ_AT_ONCE):
+            chunk = [name_as_stored(name) for name in names[start : start + READ_AT_ONCE]]
+            select = f"SELECT name, id, checksum, added FROM names WHERE name IN ({','.join('?' * len(chunk))})"
+            records = [record for shard in range(N_SHARDS) for record in self.select(shard, select, chunk)]
+            for name, added in [(name_as_given(one[0]), one[3]) for one in records if self._name_holds(one)]:
+                found[name] = max(added, found.get(name, added))
         return found
 
     def __len__(self) -> int:
@@ -232,9 +248,12 @@ class Shards(ShardFiles):
         name, id, checksum, added = record
         return isinstance(name, bytes) and is_key(id) and self._name_checksum(name, id, added) == checksum
 
-    def _name_values(self, named: Sequence[tuple[str, bytes]]) -> list[tuple]:
-        added = time.time()
-        return [(name_as_stored(name), id, self._name_checksum(name_as_stored(name), id, added), added) for name, id in named]
+    def _name_values(self, named: Sequence[tuple[str, bytes]], given: Mapping[str, float]) -> list[tuple]:
+        now, values = time.time(), []
+        for name, id in named:
+            stored, added = name_as_stored(name), given.get(name, now)
+            values.append((stored, id, self._name_checksum(stored, id, added), added))
+        return values
 
     def _elsewhere(self, names: Sequence[tuple[str, bytes]]) -> dict[int, list[str]]:
         """Shard -> names that are there and will stand in another: their pictures have changed."""
