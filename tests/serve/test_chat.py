@@ -162,6 +162,7 @@ def test_a_temperature_near_nought_is_greedy(client: Server) -> None:
     """Scores divided by 1e-40 are all infinite, and the first of them is no answer."""
     key = client.keep(0)
     assert text(client.chat(QUESTION, key, temperature=1e-40, seed=1)) == text(client.chat(QUESTION, key, temperature=0))
+    assert text(client.chat(QUESTION, key, temperature=2, top_p=0, seed=1)) == text(client.chat(QUESTION, key, temperature=0))
 
 
 def test_a_stop_string_ends_the_answer_before_it(client: Server) -> None:

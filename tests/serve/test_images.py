@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,36 @@ def test_the_list_goes_on_where_it_ended(client: Server) -> None:
         after = {"after": page["data"][-1]["id"]}
     assert pages == whole["data"]
     assert client.get("/v1/images", params={"after": "0" * 64}).status_code == 400
+
+
+def test_a_picture_that_is_sent_again_keeps_its_place(client: Server) -> None:
+    """It moved to the end of the list, and a client that was paging met it twice; a new name is kept."""
+    url = client.keep(55)
+    client.keep(56)
+    before = client.get("/v1/images").json()["data"]
+    assert client.keep(55, name="again.png") == url == client.keep(55)
+    after = client.get("/v1/images").json()["data"]
+    assert [one["id"] for one in after] == [one["id"] for one in before]
+    assert next(one for one in after if url.endswith(one["id"]))["names"] == ["again.png"]
+
+
+def test_a_name_that_is_no_utf8_is_listed(client: Server) -> None:
+    """One such file name in the store made every GET /v1/images a 400."""
+    key = client.keep(57).removeprefix("htc:")
+    client.store.name([("caf\udce9.png", key)])
+    assert next(one for one in client.get("/v1/images").json()["data"] if one["id"] == key)["names"] == ["caf\\udce9.png"]
+    client.store.remove(key)
+
+
+def test_a_name_like_an_id_is_refused(client: Server) -> None:
+    response = client.post("/v1/images", json={"url": data_uri(png(40)), "name": "0" * 64})
+    assert response.status_code == 400 and "is taken for an id" in response.json()["error"]["message"]
+
+
+def test_base64_with_line_breaks_is_read(client: Server) -> None:
+    """As `base64 FILE` writes it."""
+    lines = base64.encodebytes(png(40)).decode()
+    assert client.post("/v1/images", json={"url": "data:image/png;base64," + lines}).status_code == 200
 
 
 def test_a_removed_picture_is_gone_and_can_come_back(client: Server) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from htc_vlm.serve.guard import check_origin
 from htc_vlm.serve.limits import Limits
 
 from .conftest import QUESTION, Server, ask, data_uri, eventually, png, text
@@ -72,7 +73,7 @@ def test_a_picture_that_cannot_be_used_is_named(client: Server, url: Any, status
         ({"max_tokens": 0}, "invalid_request", "max_tokens"),
         ({"max_tokens": 100_000}, "invalid_request", "at most"),
         ({"temperature": -1}, "invalid_request", "temperature"),
-        ({"top_p": 0}, "invalid_request", "top_p"),
+        ({"top_p": -0.1}, "invalid_request", "top_p"),
         ({"n": 1000}, "invalid_request", "at most"),
         ({"n": True}, "invalid_request", "n: "),
         ({"max_tokens": "4"}, "invalid_request", "max_tokens: "),
@@ -96,7 +97,8 @@ def test_a_request_that_cannot_be_done_is_refused(client: Server, change: dict[s
 
 def test_options_at_their_neutral_values_are_fine(client: Server) -> None:
     """Clients send them all the time."""
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "response_format": {"type": "text"}}
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "response_format": {"type": "text"},
+               "function_call": "none"}  # fmt: skip
     assert text(client.chat(QUESTION, **neutral, top_logprobs=None, user="me"))
 
 
@@ -191,6 +193,10 @@ def test_a_token_guards_everything_but_the_page_and_health() -> None:
 def test_pages_of_other_sites_cannot_ask(client: Server, headers: dict[str, str], code: str) -> None:
     """A browser on this machine sends what any page tells it to, also to a name that was pointed here (DNS rebinding)."""
     error(client.post(CHAT, json=ask(QUESTION), headers=headers), 403, code)
+
+
+def test_a_hosts_name_may_be_written_large() -> None:
+    check_origin("LOCALHOST:8000", "http://localhost:8000", only_local=True)
 
 
 def test_a_form_of_another_site_is_no_request(client: Server) -> None:

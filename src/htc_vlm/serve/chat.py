@@ -100,10 +100,11 @@ class Writer:
         temperature = (own.temperature if own.temperature is not None else 1.0) if own.do_sample else 0.0
         top_p = (own.top_p if own.top_p is not None else 1.0) if own.do_sample else 1.0
         temperature = temperature if request.temperature is None else request.temperature
+        top_p = top_p if request.top_p is None else request.top_p
         return Sampling(
             max_tokens=wanted or min(default, room),
-            temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-            top_p=top_p if request.top_p is None else request.top_p,
+            temperature=temperature if temperature >= LEAST_TEMPERATURE and top_p > 0 else 0.0,
+            top_p=top_p,
             seed=request.seed,
             stop=request.stops(),
         )

@@ -35,9 +35,9 @@ def check_origin(host: str, origin: str | None, only_local: bool) -> None:
     htc_vlm.serve.errors.Refusal: this server answers to localhost, not to 'evil.example:8000'
     """
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    if only_local and name not in LOOPBACK:
+    if only_local and name.lower() not in LOOPBACK:
         raise Refusal(403, f"this server answers to localhost, not to {host!r}", "wrong_host")
-    if origin is not None and origin.split("://", 1)[-1] != host:
+    if origin is not None and origin.split("://", 1)[-1].lower() != host.lower():
         raise Refusal(403, f"requests of pages of another site ({origin}) are refused", "wrong_origin")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from htc_vlm.data.images import ImageError, from_bytes
+from htc_vlm.files import printable
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.serve.engine import Engine
 from htc_vlm.serve.errors import Refusal
@@ -118,12 +119,15 @@ class Pictures:
             return None
 
     async def add(self, data: bytes, name: str | None) -> str:
-        """Compresses a picture if the store has it not, and keeps it. Its id. Refusal 400 for what is no picture."""
+        """Compresses a picture if the store has it not, and keeps it; one that is there keeps its place in the list. Its id.
+        Refusal 400 for what is no picture, and for a name that would be taken for an id."""
+        if name is not None and ID.fullmatch(name):
+            raise Refusal(400, f"name: {name} is taken for an id; give another", "invalid_request")
         key = await self._in(self._decoders, image_id, data)
-        images = await self._stored_or_none(key)
-        if images is None:
-            images = await self._compressed(data)
-        await self._in(self._disk, self.store.put, [key], images, [name])
+        if await self._stored_or_none(key) is None:
+            await self._in(self._disk, self.store.put, [key], await self._compressed(data), [name])
+        elif name is not None:
+            await self._in(self._disk, self.store.name, [(name, key)])
         self._memory.drop(key)
         return key
 
@@ -148,9 +152,10 @@ class Pictures:
         except ValueError as error:
             raise Refusal(400, f"after: {error}", "invalid_request") from error
         return [
-            {"id": str(one), "object": "image", "names": one.names, "bytes": one.nbytes, "created": int(one.added)}
+            {"id": str(one), "object": "image", "names": [printable(name) for name in one.names], "bytes": one.nbytes,
+             "created": int(one.added)}
             for one in entries
-        ]
+        ]  # fmt: skip
 
     async def count(self) -> int:
         return await self._in(self._disk, len, self.store)
@@ -210,7 +215,7 @@ def data_of(url: str) -> bytes:
         what = "image_url must be data:image/...;base64,... or htc:ID; this server fetches nothing"
         raise Refusal(400, what, "invalid_image")
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode("".join(url[head.end() :].split()), validate=True)  # `base64 FILE` breaks lines
     except (binascii.Error, ValueError) as error:
         raise Refusal(400, f"image_url is not base64 ({error})", "invalid_image") from error
 

@@ -12,7 +12,8 @@ from htc_vlm.serve.errors import Refusal
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "response_format": ({"type": "text"},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
     "modalities": (["text"],), "repetition_penalty": (1,), "best_of": (1,),
 }  # fmt: skip
 
@@ -72,7 +73,7 @@ class ChatRequest(BaseModel):
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     temperature: StrictFloat | None = Field(None, ge=0, le=2)
-    top_p: StrictFloat | None = Field(None, gt=0, le=1)
+    top_p: StrictFloat | None = Field(None, ge=0, le=1)
     seed: StrictInt | None = None
     stop: Text | list[Text] | None = None
     n: StrictInt | None = Field(1, ge=1)
