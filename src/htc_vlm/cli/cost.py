@@ -1,4 +1,4 @@
-"""`htc-vlm cost MODEL --budget 64`: what each method costs at a budget, all counted the same way (applied/cost_table.py)."""
+"""`htc-vlm cost [MODEL] --budget 64`: what each method costs at a budget, all counted the same way (applied/cost_table.py)."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def run(argv: list[str]) -> int:
     """Print tokens per layer, FLOPs of the language model and bytes of its cache, for every method at one budget."""
     parser = argparse.ArgumentParser(prog="htc-vlm cost", description=run.__doc__)
     parser.add_argument(
-        "model",
-        help=f"{LLAVA_7B}, llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, qwen2.5-vl-7b, "
+        "model", nargs="?", default=LLAVA_7B,
+        help=f"{LLAVA_7B} (the default), llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, qwen2.5-vl-7b, "
         "qwen3-vl-8b, or a shipped checkpoint's name or a path",
-    )
+    )  # fmt: skip
     parser.add_argument("--budget", type=settings.budget,
                         help="visual tokens per image (mean over layers), or a share of the patches such as 0.11 "
                              "(default: 64 of 576, and the same share of fewer)")  # fmt: skip
