@@ -60,6 +60,20 @@ def test_what_is_no_method_is_refused(methods: Registry[Any]) -> None:
         methods.get("right")
 
 
+def test_a_class_that_cannot_work_is_refused_with_its_package(methods: Registry[Any]) -> None:
+    """The registry's check says why; a name is not taken by it."""
+
+    def check(cls: type) -> None:
+        raise ValueError(f"{cls.__name__} does nothing")
+
+    methods.check = check
+    with pytest.raises(ValueError, match=r"'right' of .*\(collections:OrderedDict\) cannot work: OrderedDict does nothing"):
+        methods.get("right")
+    with pytest.raises(ValueError, match="Counter does nothing"):
+        methods.register("mine")(Counter)
+    assert methods.own_names() == ["own"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

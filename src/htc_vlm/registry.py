@@ -15,7 +15,8 @@ class Registry(Generic[T]):
     """A small, explicit table of classes; a name is registered once.
 
     group: entry points of this group, in any installed package, add names; each is loaded when it is first asked for, so
-    that a package that cannot be imported breaks nothing but itself. base: what they must be subclasses of.
+    that a package that cannot be imported breaks nothing but itself. base: what they must be subclasses of. check: raises
+    ValueError for a class that cannot work.
 
     >>> methods: Registry[object] = Registry("method")
     >>> @methods.register("mean")
@@ -27,17 +28,21 @@ class Registry(Generic[T]):
     ValueError: unknown method 'median'; known: mean
     """
 
-    def __init__(self, kind: str, group: str | None = None, base: type | None = None) -> None:
+    def __init__(
+        self, kind: str, group: str | None = None, base: type | None = None, check: Callable[[Any], None] | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
         self.base = base
+        self.check = check or (lambda cls: None)
         self._classes: dict[str, type] = {}
         self._is_looked_at = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator; raises ValueError when `name` is taken by another class."""
+        """Class decorator; raises ValueError when `name` is taken by another class, and what `check` raises."""
 
         def add(cls: C) -> C:
+            self.check(cls)
             if name in self._classes:
                 raise ValueError(f"{self.kind} {name!r} is already registered by {self._classes[name].__qualname__}")
             self._classes[name] = cls
@@ -101,6 +106,10 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r} of {_origin(found[0])} is no {self.base.__name__}; inherit {self.base.__module__}."
                 f"{self.base.__name__}"
             )
+        try:
+            self.check(cls)
+        except ValueError as error:
+            raise ValueError(f"{self.kind} {name!r} of {_origin(found[0])} cannot work: {error}") from error
         self._classes.setdefault(name, cls)  # it may have registered itself
 
     def __iter__(self) -> Iterator[str]:

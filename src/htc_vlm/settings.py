@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -95,10 +95,19 @@ def check_keys(where: object, given: Mapping[str, Any], known: Sequence[str]) ->
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
 
 
+def check_complete(where: str, cls: Any, given: Mapping[str, Any]) -> None:
+    """ValueError names the fields of a dataclass of settings that have no default and are not given."""
+    needed = [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{where} needs {', '.join(missing)}, for which there is no default")
+
+
 def make(
     cls: type[S], given: Mapping[str, Any], where: str = "", what: str = "setting", also_known: Sequence[str] = ()
 ) -> S:
-    """A dataclass of settings; missing ones have its defaults. ValueError for unknown keys and wrong types.
+    """A dataclass of settings; missing ones have its defaults. ValueError for unknown keys, wrong types and
+    one without a default that is left out.
 
     where: what stands before a setting's name in messages, e.g. "words."; what: what it is called there. also_known: keys
     that somebody else reads.
@@ -107,6 +116,7 @@ def make(
     unknown = sorted(str(key) for key in given if key not in known)
     if unknown:
         raise ValueError(f"unknown {what} {where + unknown[0]!r}; known: {', '.join(sorted([*known, *also_known]))}")
+    check_complete(where.rstrip(".") or cls.__name__, cls, given)
     hints = get_type_hints(cls)
     return cls(**{name: typed(f"{where}{name}", value, hints[name]) for name, value in given.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, MistralConfig, Qwen2Config
 import htc_vlm
 from htc_vlm import HtcVlmConfig, HtcVlmForConditionalGeneration
 
-from .applying import BEFORE, TEXT, answer, applied, close, inside
+from .applying import BEFORE, TEXT, answer, applied, close, inside, traces
 
 
 @inside
@@ -125,3 +126,25 @@ def test_other_decoders_of_llavas_work(new_llava: Any, prompts: Any, text: Any) 
     with applied(model, "pyramid_drop"):
         batch = answer(model, prompts.batch).logits[-1]
         close(batch[1], answer(model, prompts.one(1)).logits[-1][0])
+
+
+@pytest.mark.parametrize("case", ["divprune", "tome", "fastv"])
+def test_a_model_that_accelerate_offloads_gives_what_it_gives_at_home(
+    new_llava: Any, prompts: Any, tmp_path: Path, case: str
+) -> None:
+    """Its hooks are a `forward` on the module, under which a change of class was not seen: the method did nothing."""
+    from accelerate import cpu_offload, dispatch_model
+
+    where = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    where["model.language_model"] = "disk"
+    options = {"offload_dir": tmp_path, "main_device": "cpu", "force_hooks": True}
+    home, away, on_cpu = new_llava(), dispatch_model(new_llava(), where, **options), cpu_offload(new_llava())
+    assert "forward" in vars(away.get_decoder()) and "forward" in vars(on_cpu)
+    before, held = away(**prompts.batch).logits, traces(away)
+    with applied(home, case) as run:
+        wanted, schedules = answer(home, prompts.batch).logits, run.schedules
+    for model in (away, on_cpu):
+        with applied(model, case) as run:
+            close(answer(model, prompts.batch).logits, wanted)
+            assert run.schedules == schedules
+    assert traces(away) == held and away(**prompts.batch).logits.equal(before)

@@ -88,6 +88,15 @@ def test_applying_twice_and_over_a_compressor_is_refused(llava: Any) -> None:
     refused(HtcVlmForConditionalGeneration(config), "compressor 'divprune' of its own", "fastv")
 
 
+def test_a_forward_that_hides_the_class_is_refused(new_llava: Any) -> None:
+    """model.forward = torch.compile(model.forward) is found before the class's: the method would not be asked."""
+    for part in (lambda model: model, lambda model: model.model, lambda model: model.get_decoder()):
+        model = new_llava()
+        part(model).forward = part(model).forward
+        refused(model, "has a `forward` of its own that hides it", "divprune", n_keep=4)
+        refused(model, "fastv changes the class of Lla(ma|va)", "fastv", n_keep=4, layer=2)
+
+
 def test_a_model_cannot_have_an_applied_method_as_its_compressor() -> None:
     """It would run without dropping anything, and call itself FastV."""
     config = own_config({"name": "fastv"})

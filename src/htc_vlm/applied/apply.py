@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from types import MethodType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Applied:
             if self.method.merges_in_tower:
                 self.tower_run = TowerRun(self.method.tower_merges(self.n_patches, n_blocks))
         self.n_placeholders: int | None = None  # of the prompts that are being read
-        self._images: compressors.ImageFeatures | None = None  # LLaVA's last ones, of which `source` can be computed
+        self.images: compressors.ImageFeatures | None = None  # LLaVA's last ones, of which `source` can be computed
 
     @property
     def changes_features(self) -> bool:
@@ -110,8 +111,8 @@ class Applied:
         where images came with different numbers of tokens."""
         if self.drop_run is not None:
             return self.drop_run.sources
-        if self._images is not None:
-            found = self.method.source(self._images)
+        if self.images is not None:
+            found = self.method.source(self.images)
         else:
             seen = [(images, method) for _, images, method in self.run.seen if images is not None]
             parts = [method.source(images) for images, method in seen]
@@ -141,7 +142,7 @@ class Applied:
         n_images, n_patches = len(tokens), self.n_patches or images.features.shape[1]
         n_wanted = self.method.n_visual(n_patches)
         door.checked(self.method, tokens, n_wanted)
-        self._images = images
+        self.images = images
         if n_wanted > n_patches:
             raise ValueError(f"{self.method.name} makes {n_wanted} tokens of {n_patches} patches; take fewer")
         if self.n_placeholders not in (None, n_images * n_wanted):
@@ -179,18 +180,33 @@ def apply(model: Any, name: str, *, budget: float | None = None, **settings: Any
     family = family_of(model)
     check_free(model)
     applied = Applied(family, name, settings, budget)
-    swaps = plan_swaps(applied)
-    classes = [type(module) for module, _, _ in swaps]
+    swaps = [(module, cls, state | inside_hook(module, cls, name)) for module, cls, state in plan_swaps(applied)]
+    before = [(type(module), {key: vars(module)[key] for key in state if key in vars(module)}) for module, _, state in swaps]
     try:
         for module, cls, state in swaps:
             module.__dict__.update(state)
             module.__class__ = cls
         yield applied
     finally:
-        for (module, _, state), cls in zip(swaps, classes, strict=True):
+        for (module, _, state), (cls, held) in zip(swaps, before, strict=True):
             module.__class__ = cls
             for key in state:
                 module.__dict__.pop(key, None)
+            module.__dict__.update(held)
+
+
+def inside_hook(module: nn.Module, cls: Any, name: str) -> dict[str, Any]:
+    """What lets a class act where accelerate (offloading) has put a forward of its own on the module, which calls
+    `_old_forward`. ValueError for any other forward on the module, which would be called in place of the method's."""
+    held = vars(module)
+    if "forward" not in held:
+        return {}
+    if "_hf_hook" in held and "_old_forward" in held:
+        return {"_old_forward": MethodType(cls.forward, module)}
+    raise ValueError(
+        f"{name} changes the class of {type(module).__name__}, and this one has a `forward` of its own that hides it (as "
+        "model.forward = torch.compile(model.forward) gives it); `del` that forward first. Offloading by accelerate works"
+    )
 
 
 def plan_swaps(applied: Applied) -> list[Swap]:

@@ -89,8 +89,8 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="htc-vlm cost", description=run.__doc__)
     parser.add_argument(
         "model", nargs="?", default=LLAVA_7B,
-        help=f"{LLAVA_7B} (the default), llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, qwen2.5-vl-7b, "
-        "qwen3-vl-8b, or a shipped checkpoint's name or a path",
+        help=f"{LLAVA_7B} (the default), llava-1.6-vicuna-7b, llava-onevision-qwen2-7b, internvl3-8b, smolvlm-2.2b, "
+        "qwen2.5-vl-7b, qwen3-vl-8b, or a shipped checkpoint's name or a path",
     )  # fmt: skip
     parser.add_argument("--budget", type=settings.budget,
                         help="visual tokens per image (mean over layers), or a share of the patches such as 0.11 "

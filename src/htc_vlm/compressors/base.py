@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from htc_vlm.ops.merge import TokenMerge
 from htc_vlm.registry import Registry
-from htc_vlm.settings import typed
+from htc_vlm.settings import check_complete, typed
 from htc_vlm.tokens import TokenLayout
 
 
@@ -285,9 +285,6 @@ class Compressor(nn.Module):
         return {"name": self.name, **asdict(self.settings)}
 
 
-COMPRESSORS: Registry[Compressor] = Registry("compressor", group="htc_vlm.compressors", base=Compressor)
-
-
 class AppliedOnly(Compressor):
     """Methods that act where the model class has no socket: `htc_vlm.apply` gives them one, on any LLaVA model."""
 
@@ -298,6 +295,40 @@ class AppliedOnly(Compressor):
             f"{self.name} cannot be a model's own compressor (it has no weights and acts inside the vision tower or "
             f"the language model); load with compressor none and use `with htc_vlm.apply(model, {self.name!r}):`"
         )
+
+
+def check_class(cls: type[Compressor]) -> None:
+    """ValueError for a class with a place that nothing would ask, or two that do not go together, saying what to change."""
+
+    def own(*places: str) -> str:
+        return ", ".join(place for place in places if getattr(cls, place) is not getattr(Compressor, place))
+
+    name, in_tower = getattr(cls, "name", cls.__qualname__), ("reads_tower", "merges_in_tower", "tower_merges", "picture_side")
+    applied, masked = own("drops", "queries", "after_layer", *in_tower), own("visible", "positions", "reads_apart", "budgets")
+    if applied and not issubclass(cls, AppliedOnly):
+        raise ValueError(
+            f"{name}: {applied} would do nothing in a model's own forward, only under htc_vlm.apply; inherit "
+            "htc_vlm.compressors.AppliedOnly"
+        )
+    if masked and not own("n_bottleneck"):
+        raise ValueError(f"{name}: {masked} would do nothing without bottleneck tokens; inherit compressors.voco.Bottleneck")
+    if not own("drops"):
+        if applied := own("queries", "after_layer"):
+            raise ValueError(f"{name}: {applied} would never be asked; override drops, which says between which layers")
+        return
+    if before := own("before_llm", *in_tower):
+        raise ValueError(
+            f"{name}: drops and {before}: htc_vlm.apply acts inside the language model or before it, not in both places; "
+            "make two methods of it"
+        )
+    if cls.QUESTION_INDEPENDENT:
+        raise ValueError(
+            f"{name}: drops leaves layers of different lengths, chosen by the prompt, which no other question can share; set "
+            "QUESTION_INDEPENDENT = False"
+        )
+
+
+COMPRESSORS: Registry[Compressor] = Registry("compressor", group="htc_vlm.compressors", base=Compressor, check=check_class)
 
 
 def last_token(layout: TokenLayout) -> Tensor:
@@ -317,12 +348,14 @@ def get(name: str) -> type[Compressor]:
 
 
 def build(name: str, **settings: Any) -> Compressor:
-    """A compressor by name. ValueError for an unknown name or setting, naming what is known, and for one of a wrong type."""
+    """A compressor by name. ValueError for an unknown name or setting, naming what is known, for one of a wrong type
+    and for one that is left out and has no default."""
     cls: Any = get(name)
     known = [field.name for field in fields(cls.Settings)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
+    check_complete(name, cls.Settings, settings)
     hints = _hints(cls.Settings)
     return cls(cls.Settings(**{key: typed(f"{name}: {key}", value, hints.get(key, Any)) for key, value in settings.items()}))
 

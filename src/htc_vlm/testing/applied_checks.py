@@ -90,6 +90,21 @@ def sdpa_and_eager_agree_when_applied(case: Case) -> None:
     assert_close(*outs)
 
 
+def the_source_says_what_the_tokens_are_made_of(case: Case) -> None:
+    """With M-RoPE a token takes its positions from the patches that `source` names, and a map of tokens shows them: those of
+    others go unnoticed. Where each token is one patch, it is that patch."""
+    with apply(case.host, **case.compressor) as run:
+        case.host(**_inputs(case))
+        source, images, (n_last, *_) = run.source, run.images, [found[-1] for found in run.schedules]
+    if source is None:
+        return
+    wanted = (sum(N_IMAGES), n_last, N_PATCHES)
+    assert source.shape == wanted, f"source is {tuple(source.shape)}; {wanted} would be (images, tokens, patches)"
+    if images is not None and not run.method.acts_in_tower and bool(((source > 0).sum(dim=-1) == 1).all()):
+        made_of = source.to(images.features) @ images.features / source.to(images.features).sum(dim=-1, keepdim=True)
+        assert_close(list(run.method.before_llm(images)), list(images.project(made_of)), 1e-5)
+
+
 def each_family_works_or_is_refused_by_name(case: Case) -> None:
     """A method that cannot act on a kind of model must say so, not give its results."""
     try:
@@ -125,4 +140,6 @@ ON_BOTH: tuple[Promise, ...] = (
     another_picture_gives_other_logits_when_applied, cached_generation_is_uncached_recomputation,
     a_left_padded_batch_gives_what_its_samples_give,
 )  # fmt: skip
-ON_ONE: tuple[Promise, ...] = (sdpa_and_eager_agree_when_applied, each_family_works_or_is_refused_by_name)
+ON_ONE: tuple[Promise, ...] = (
+    sdpa_and_eager_agree_when_applied, the_source_says_what_the_tokens_are_made_of, each_family_works_or_is_refused_by_name,
+)  # fmt: skip

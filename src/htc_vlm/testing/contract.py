@@ -7,14 +7,15 @@ Differs: no pytest is needed. The models are tiny and random, made here, on sdpa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from htc_vlm.compressors import COMPRESSORS, AppliedOnly, Compressor, get
+from htc_vlm.compressors import COMPRESSORS, AppliedOnly, Compressor, build, get
+from htc_vlm.compressors.base import check_class
 from htc_vlm.testing import applied_checks, own_checks, tiny_llava
 from htc_vlm.testing.cases import BACKENDS, Case
 
@@ -81,13 +82,17 @@ def checks_of(method: str | type[Compressor]) -> list[Check]:
         raise ValueError(f"{cls.__qualname__} has no name; set the class attribute `name`")
     if not cls.EXAMPLES:
         raise ValueError(f"{cls.name} has no EXAMPLES; give settings that run on 16 patches and 3 layers, mildest first")
+    if not isinstance(cls.EXAMPLES, tuple | list) or not all(isinstance(one, Mapping) for one in cls.EXAMPLES):
+        raise ValueError(f"{cls.name}: EXAMPLES is {cls.EXAMPLES!r:.80}; give a tuple of settings, e.g. ({{'n_keep': 4}},)")
+    check_class(cls)
     found = [Check(cls, promise, of_class=True) for promise in own_checks.OF_CLASS]
     can_be_own = not issubclass(cls, AppliedOnly)
     if can_be_own:
         found += [Check(cls, promise) for promise in own_checks.ON_BOTH]
         found += [Check(cls, promise, backends=("sdpa",)) for promise in own_checks.ON_ONE]
         found.append(Check(cls, own_checks.every_weight_gets_a_gradient, of_class=True))
-    has_bottleneck = any(cls(cls.Settings(**example)).n_bottleneck for example in cls.EXAMPLES)
+    with registered(cls):
+        has_bottleneck = any(build(cls.name, **example).n_bottleneck for example in cls.EXAMPLES)
     if cls.setup in (Compressor.setup, AppliedOnly.setup) and not has_bottleneck:
         found += [Check(cls, promise) for promise in applied_checks.ON_BOTH]
         found += [Check(cls, promise, backends=("sdpa",)) for promise in applied_checks.ON_ONE]

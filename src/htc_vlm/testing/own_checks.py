@@ -280,12 +280,19 @@ def new_weights_are_initialised(case: Case) -> None:
 
 
 def keeping_everything_equals_none(case: Case) -> None:
-    """A selection that shuffles or re-scales what it keeps. Only for methods with a setting n_keep or n_tokens."""
+    """A selection that shuffles or re-scales what it keeps. Only for methods with a setting n_keep or n_tokens that may be P
+    and then gives P tokens."""
     kept = [what for what in ("n_keep", "n_tokens") if what in case.method.to_dict()]
     if not kept or type(case.method).setup not in (Compressor.setup, AppliedOnly.setup):
         return
+    everything = {**case.compressor, kept[0]: N_PATCHES}
+    try:
+        if build(**everything).n_visual(N_PATCHES) != N_PATCHES:
+            return
+    except ValueError:
+        return
     none = case.plain
-    model = tiny_llava.build({**case.compressor, kept[0]: N_PATCHES}, case.attention)
+    model = tiny_llava.build(everything, case.attention)
     model.load_state_dict(none.state_dict())
     inputs, images = batch(rows(none)), pixels(3)
     expected = text_logits(none, inputs, pixel_values=images)
