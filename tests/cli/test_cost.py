@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlavaConfig, OPTConfig, Qwen2Config
 
 from htc_vlm import compressors
 from htc_vlm.applied import cost_table
@@ -133,6 +134,17 @@ def test_an_original_checkpoint_is_counted_by_its_own_configuration(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 256}))
     with pytest.raises(ValueError, match="no text_config, so it is no LLaVA"):
         cost.find_model(str(tmp_path), (480, 640))
+
+
+def test_a_llava_on_another_language_model_is_counted_or_refused_by_name(tmp_path: Path) -> None:
+    """A LLaVA on Qwen2 or Phi was a traceback: their configurations have no head_dim."""
+    for kind in (Qwen2Config(), OPTConfig()):
+        LlavaConfig(text_config=kind, image_token_index=5).save_pretrained(tmp_path)
+        if kind.model_type == "opt":
+            with pytest.raises(ValueError, match="'opt' cannot be counted"):
+                cost.find_model(str(tmp_path), (480, 640))
+        else:
+            assert cost.find_model(str(tmp_path), (480, 640)).decoder.head_dim == kind.hidden_size // kind.num_attention_heads
 
 
 def test_the_default_budget_fits_the_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    Starcoder2Config,
+)
 
 from htc_vlm.ops.cost import LLAMA_7B, DecoderShape, cache_bytes, count_flops, decode_flops, prefill_flops
 
@@ -36,6 +50,26 @@ def test_computed_prefill_equals_counted_prefill(config: LlamaConfig, attention:
     counted = count_flops(lambda: model(inputs_embeds=states, past_key_values=DynamicCache(config=config)))
     shape = DecoderShape.from_config(config)
     assert counted == prefill_flops(shape, [30] * shape.n_layers, n_text=7)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, PhiConfig, Starcoder2Config, MistralConfig, GemmaConfig])
+def test_other_decoders_are_counted_as_they_run(kind: Any) -> None:
+    """Configurations of Qwen2 and Phi have no head_dim, which was a traceback; Phi's MLP has no gate."""
+    config = kind(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    states = torch.empty(1, 37, config.hidden_size, device="meta")
+    shape = DecoderShape.from_config(config)
+    assert count_flops(lambda: model(inputs_embeds=states)) == prefill_flops(shape, [30] * 3, n_text=7)
+
+
+def test_a_decoder_without_these_widths_is_refused_by_name() -> None:
+    """OPT calls the width of its MLP otherwise."""
+    with pytest.raises(ValueError, match="language model 'opt' cannot be counted: its configuration has no intermediate_size"):
+        DecoderShape.from_config(OPTConfig())
 
 
 @SIZES

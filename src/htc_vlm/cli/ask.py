@@ -277,6 +277,7 @@ def measure(answerer: Any, picture: Any, question: str, max_new_tokens: int, rep
 def cost(answerer: Any, picture: Any, question: str, max_new_tokens: int, repeats: int) -> dict[str, Any]:
     """What one picture and one question cost this model."""
     from htc_vlm.model.modeling import sizes_of
+    from htc_vlm.ops.cost import DecoderShape, cache_bytes
 
     model = answerer.model
     text = model.config.text_config
@@ -284,12 +285,10 @@ def cost(answerer: Any, picture: Any, question: str, max_new_tokens: int, repeat
     n_patches = sizes_of(model.config).n_patches
     encoded = answerer.encode([picture])
     kept = compressor.cached_tokens(n_patches, text.num_hidden_layers)
-    head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
-    bytes_per_token = 2 * text.num_key_value_heads * head_dim * model.dtype.itemsize
     return {
         "visual_tokens_read": compressor.schedule(n_patches, text.num_hidden_layers)[0],
         "cached_tokens": kept[0],
-        "cache_bytes": sum(kept) * bytes_per_token,
+        "cache_bytes": cache_bytes(DecoderShape.from_config(text), kept, bytes_per_value=model.dtype.itemsize),
         "encode_ms": median_ms(lambda: answerer.encode([picture]), repeats),
         "first_token_ms": median_ms(lambda: answerer.generate_ids(encoded, [0], [question], 1), repeats),
         "answer_ms": median_ms(lambda: answerer.generate_ids(encoded, [0], [question], max_new_tokens), repeats),

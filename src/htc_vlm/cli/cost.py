@@ -45,10 +45,10 @@ def find_model(model: str, picture: tuple[int, int]) -> Model:
         shape = SHAPES[model]
         n_patches = shape.visual_tokens(*picture)
         return Model(n_patches, shape.decoder, lambda method: shape.refusal(method, n_patches))
+    from htc_vlm.applied import hf_compat
     from htc_vlm.convert import llava_original
     from htc_vlm.model.configuration import HtcVlmConfig
     from htc_vlm.model.loading import find
-    from htc_vlm.model.modeling import sizes_of
 
     folder = find(model)
     if llava_original.is_original_layout(folder):
@@ -61,7 +61,7 @@ def find_model(model: str, picture: tuple[int, int]) -> Model:
         )
     elif "text_config" in read_object(folder / "config.json"):
         config = HtcVlmConfig.from_pretrained(folder)
-        n_patches, text_config = sizes_of(config).n_patches, config.text_config
+        n_patches, text_config = hf_compat.n_patches(config), config.text_config
     else:
         raise ValueError(f"{folder}: its config.json has no text_config, so it is no LLaVA, nor an original LLaVA-1.5")
     return Model(n_patches, cost.DecoderShape.from_config(text_config), lambda method: None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -40,21 +40,13 @@ def count_flops(call: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-class LlamaLikeConfig(Protocol):
-    """The numbers that a Hugging Face Llama, Vicuna, Mistral or Qwen2 text config has."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
+WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+UNGATED = ("gpt_neox", "nemotron", "persimmon", "phi", "starcoder2")  # model types whose MLP has two matrices
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Widths of a Llama-like decoder: gated MLP of three matrices, no biases counted."""
+    """Widths of a Llama-like decoder: gated MLP of three matrices (or two, without a gate), no biases counted."""
 
     width: int
     mlp_width: int
@@ -63,18 +55,25 @@ class DecoderShape:
     n_kv_heads: int
     head_dim: int
     n_vocabulary: int
+    n_mlp_matrices: int = 3
 
     @classmethod
-    def from_config(cls, config: LlamaLikeConfig) -> DecoderShape:
-        """From a text config (`model.config.text_config` of a LLaVA)."""
+    def from_config(cls, config: Any) -> DecoderShape:
+        """From a text config (`model.config.text_config` of a LLaVA), with what is meant where head_dim (Qwen2, Phi) or
+        num_key_value_heads is not there. ValueError for one without the other widths."""
+        kind = getattr(config, "model_type", type(config).__name__)
+        lacks = [name for name in WIDTHS if not hasattr(config, name)]
+        if lacks:
+            raise ValueError(f"the language model {kind!r} cannot be counted: its configuration has no {', '.join(lacks)}")
         return cls(
             width=config.hidden_size,
             mlp_width=config.intermediate_size,
             n_layers=config.num_hidden_layers,
             n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             n_vocabulary=config.vocab_size,
+            n_mlp_matrices=2 if kind in UNGATED else 3,
         )
 
 
@@ -133,9 +132,9 @@ def cache_bytes(shape: DecoderShape, cached: Sequence[int], n_text: int = 0, byt
 
 
 def _linear_flops_per_token(shape: DecoderShape) -> int:
-    """One layer: query, key, value, output and the three MLP matrices."""
+    """One layer: query, key, value, output and the MLP's matrices."""
     attention = 2 * shape.width * shape.head_dim * (2 * shape.n_heads + 2 * shape.n_kv_heads)
-    return attention + 2 * 3 * shape.width * shape.mlp_width
+    return attention + 2 * shape.n_mlp_matrices * shape.width * shape.mlp_width
 
 
 def _check_schedule(shape: DecoderShape, schedule: Sequence[int]) -> None:
@@ -157,7 +156,8 @@ def fast_compress_flops(shape: DecoderShape, n_visual: int, n_bottleneck: int = 
     n_rows = n_visual + n_bottleneck
     all_heads, kv_heads = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     keys_and_values = 2 * shape.width * 2 * kv_heads  # of one row
-    rest = 2 * shape.width * all_heads + 2 * 3 * shape.width * shape.mlp_width  # of one row: output projection and MLP
+    mlp = 2 * shape.n_mlp_matrices * shape.width * shape.mlp_width
+    rest = 2 * shape.width * all_heads + mlp  # of one row: output projection and MLP
     looking = n_bottleneck * (2 * shape.width * all_heads + 4 * n_rows * all_heads)  # queries, scores and their sums
     total = 0
     for layer in range(shape.n_layers):
