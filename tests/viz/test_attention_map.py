@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from htc_vlm.applied import hf_compat
 from htc_vlm.model.answering import Answerer
 from htc_vlm.viz.attention_map import BottleneckMaps, Look, bottleneck_maps, draw, draw_rows, look, overlay, shares
+from htc_vlm.viz.seen import seen_by_model
 
 from .. import tiny_runs as tiny
 
@@ -121,11 +123,24 @@ def test_figure_3_has_a_panel_per_layer_and_model(tmp_path: Path) -> None:
 def test_the_overlay_lies_over_the_padded_picture() -> None:
     """A wide picture is padded above and below, as the model sees it; the brightest spot is where the weight is."""
     weights = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    drawn = overlay(Image.new("RGB", (80, 40), "black"), weights, side_pixels=64)
+    drawn = overlay(seen_by_model(*tiny.loaded(tiny.HTC), Image.new("RGB", (80, 40), "black")), weights, side_pixels=64)
     assert drawn.size == (64, 64)
     light = drawn.convert("L")
     assert light.getpixel((52, 52)) > light.getpixel((12, 12)) + 50
     assert light.getpixel((12, 4)) > light.getpixel((12, 24))  # grey padding above the black picture
+
+
+def test_the_overlay_lies_over_the_middle_where_the_processor_crops() -> None:
+    """As the hub's llava-1.5-7b-hf does: of 600 x 200 pixels only the middle third was seen, and the map lay over all of it."""
+    model, processor = tiny.loaded(tiny.HTC)
+    crops, side = copy.deepcopy(processor), processor.image_processor.size["height"]
+    own = crops.image_processor
+    own.do_pad, own.do_center_crop = False, True
+    own.size, own.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+    picture = Image.new("RGB", (600, 200), "white")
+    picture.paste("red", (200, 0, 400, 200))
+    (seen,) = look("", model, crops, [picture]).seen
+    assert seen.size == (side, side) and {seen.getpixel((x, side // 2)) for x in (3, side // 2, side - 4)} == {(255, 0, 0)}
 
 
 def test_all_attention_on_nothing_is_no_division_by_zero() -> None:

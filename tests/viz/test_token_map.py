@@ -12,6 +12,7 @@ from PIL import Image
 
 import htc_vlm
 from htc_vlm.viz import token_map
+from htc_vlm.viz.seen import seen_by_model
 from htc_vlm.viz.token_map import SHADE, TINT, Stage, colour_of, groups, overlay, stages
 
 from .. import tiny_runs as tiny
@@ -125,7 +126,7 @@ def test_a_drawing_of_a_run(tmp_path: Path) -> None:
     """From a picture file's content to a PNG; the first panel of a method that drops later is left out."""
     model, processor = tiny.loaded(tiny.NONE)
     picture = tiny.noise(0, (60, 40))
-    square = token_map.seen_by_model(model, processor, picture)
+    square = seen_by_model(model, processor, picture)
     assert square.size == (60, 60)
     found = token_map.record(model, processor, picture, tiny.QUESTIONS[0], "fastv", {"n_keep": 1, "layer": 1})
     assert [stage.source.shape[0] for stage in found] == [4, 1]

@@ -41,6 +41,7 @@ def run(argv: list[str]) -> int:
     from htc_vlm.model.loading import to_device
     from htc_vlm.model.modeling import check_llava, sizes_of
     from htc_vlm.viz import token_map
+    from htc_vlm.viz.seen import seen_by_model
 
     picture = load_for_model(options.picture, **pixel_limit(options))
     model, processor = load(options.model)
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
         settings = compressors.at_budget(options.method, options.budget, n_patches, n_layers, settings)
     found = token_map.record(model, processor, picture, options.question, options.method, settings)
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
-    square = token_map.seen_by_model(model, processor, picture)
+    square = seen_by_model(model, processor, picture)
     token_map.draw(square, found, f"{options.method}({shown})", options.output)
     print("\n".join([*(stage.title for stage in found), str(options.output)]))
     return 0

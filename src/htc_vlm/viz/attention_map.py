@@ -22,6 +22,7 @@ from htc_vlm.files import save_figure
 from htc_vlm.model.look_maps import split_visual
 from htc_vlm.model.modeling import HtcVlmForConditionalGeneration, check_llava
 from htc_vlm.model.processing import HtcVlmProcessor
+from htc_vlm.viz.seen import seen_by_model
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,11 @@ def bottleneck_maps(model: HtcVlmForConditionalGeneration, pixel_values: Tensor)
     return BottleneckMaps(anchors=anchors, patches=patches.unflatten(-1, (side, side)), own=own)
 
 
-def overlay(picture: Image.Image, weights: Tensor, side_pixels: int = 320) -> Image.Image:
-    """A picture under a heat map: weights (side, side), scaled to their own maximum, over the padded square picture."""
+def overlay(square: Image.Image, weights: Tensor, side_pixels: int = 320) -> Image.Image:
+    """What the model saw (`seen_by_model`) under a heat map: weights (side, side), scaled to their own maximum."""
     from matplotlib import colormaps
 
-    square = Image.new("RGB", (max(picture.size),) * 2, (127, 127, 127))
-    square.paste(picture.convert("RGB"), ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
-    square = square.resize((side_pixels, side_pixels), Image.Resampling.BILINEAR)
+    square = square.convert("RGB").resize((side_pixels, side_pixels), Image.Resampling.BILINEAR)
     scaled = (weights / weights.max().clamp_min(1e-9)).float().cpu().numpy()
     colours = (colormaps["inferno"](scaled)[..., :3] * 255).astype("uint8")
     heat = Image.fromarray(colours).resize(square.size, Image.Resampling.BICUBIC)
@@ -66,10 +65,11 @@ def overlay(picture: Image.Image, weights: Tensor, side_pixels: int = 320) -> Im
 
 @dataclass(frozen=True)
 class Look:
-    """What one model looked at in some pictures."""
+    """What one model looked at in some pictures; seen: the square of each that it saw."""
 
     label: str
     maps: BottleneckMaps
+    seen: Sequence[Image.Image] = ()
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def look(
     """The maps of a model over pictures."""
     check_llava(model, "a map of what the bottleneck looked at")
     pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    return Look(label, bottleneck_maps(model, pixels))
+    return Look(label, bottleneck_maps(model, pixels), [seen_by_model(model, processor, picture) for picture in pictures])
 
 
 def shares(maps: BottleneckMaps) -> dict[str, list[float]]:
@@ -106,8 +106,8 @@ def draw(
 
 
 def draw_pictures(looks: Sequence[Look], pictures: Sequence[Image.Image], names: Sequence[str], file: str | Path) -> None:
-    """One row per picture: the picture, and for each model the attention over it (mean over layers) and, per layer, how much
-    goes to the anchors, the patches and the bottleneck itself."""
+    """One row per picture: the picture, and for each model the attention over what it saw of it (mean over layers) and, per
+    layer, how much goes to the anchors, the patches and the bottleneck itself."""
     plt = _pyplot()
     n_columns = 1 + 2 * len(looks)
     size = (3.2 * n_columns, 3.2 * len(pictures))
@@ -117,7 +117,7 @@ def draw_pictures(looks: Sequence[Look], pictures: Sequence[Image.Image], names:
         row[0].set_title(name, fontsize=9)
         row[0].axis("off")
         for one, over, bars in zip(looks, row[1::2], row[2::2], strict=True):
-            over.imshow(overlay(picture, one.maps.patches[i].mean(dim=0)))
+            over.imshow(overlay(one.seen[i], one.maps.patches[i].mean(dim=0)))
             what = "attention over patches, mean of layers"
             over.set_title(f"{one.label}\n{what}" if one.label else what, fontsize=9)
             over.axis("off")

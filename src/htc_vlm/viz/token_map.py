@@ -132,16 +132,6 @@ def stages(sources: Mapping[int, Tensor], n_layers: int, image: int = 0) -> list
     return [Stage(first, end - 1, sources[first][image]) for first, end in zip(starts, ends, strict=True)]
 
 
-def seen_by_model(model: HtcVlmForConditionalGeneration, processor: HtcVlmProcessor, picture: Image.Image) -> Image.Image:
-    """The square that the vision tower gets, at its own resolution; padded pictures at theirs."""
-    if processor.image_processor.do_pad:
-        square = Image.new("RGB", (max(picture.size),) * 2, (127, 127, 127))
-        square.paste(picture.convert("RGB"), ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
-        return square
-    pixels = model.model.denormalise(processor(images=[picture], return_tensors="pt")["pixel_values"].to(model.device))
-    return Image.fromarray((pixels[0].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8))
-
-
 @torch.no_grad()
 def record(
     model: HtcVlmForConditionalGeneration,
