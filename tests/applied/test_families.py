@@ -188,6 +188,20 @@ def test_several_pictures_in_one_prompt_are_each_pruned(family: str) -> None:
 
 
 @families
+def test_forgotten_pixels_are_refused(family: str) -> None:
+    """Nothing was pruned, and the answer came from the placeholders' own embeddings. Text alone is answered."""
+    model, inputs = model_of(family), tiny_inputs(family, [[0]])
+    forgotten = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    words = {name: value[:, -2:] for name, value in forgotten.items()}
+    with htc_vlm.apply(model, "divprune", n_keep=3):
+        for call in (model, model.base_model, model.generate):
+            with pytest.raises(ValueError, match="no image was given"):
+                call(**forgotten)
+        assert model(**words).logits.shape[1] == 2
+        assert model.generate(**words, max_new_tokens=2, do_sample=False).shape[1] <= 4
+
+
+@families
 def test_afterwards_the_model_is_bit_identical(family: str) -> None:
     """Outside the block nothing is left: classes, attributes, logits."""
     model, batch = model_of(family), tiny_inputs(family, [[0]])

@@ -141,6 +141,8 @@ def test_guessing_ahead_and_reading_in_parts_are_refused(llava: Any, new_llava: 
         setattr(model.generation_config, name, value)
     with applied(model, "fastv"), pytest.raises(ValueError, match=message):
         model.generate(**prompts.one(0), max_new_tokens=1)
+    with applied(model, "fastv"), pytest.raises(ValueError, match=message):  # transformers fills the given one from it
+        model.generate(**prompts.one(0), generation_config=GenerationConfig(max_new_tokens=1))
 
 
 def test_calls_that_the_methods_cannot_take_are_refused_by_name(llava: Any, prompts: Any) -> None:

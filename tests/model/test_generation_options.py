@@ -17,7 +17,7 @@ VOCO = {"name": "voco", "n_bottleneck": 3}
 QUESTIONS = [[4, 5, *[BOTTLENECK] * 3, 6], [7, *[BOTTLENECK] * 3, 8, 9, 10]]
 
 
-@pytest.mark.parametrize("where", ["argument", "config"])
+@pytest.mark.parametrize("where", ["argument", "config", "own config beside a given one"])
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -30,11 +30,11 @@ def test_options_that_half_work_over_images_are_refused_by_name(option: str, val
     model = build(VOCO)
     kv = model.compress(pixel_values=pixels(1))
     arguments: dict[str, Any] = {option: value}
-    if where == "config":
+    if where != "argument":
         if option == "assistant_model":
             pytest.skip("a model is no entry of a configuration")
         setattr(model.generation_config, option, value)
-        arguments = {}
+        arguments = {} if where == "config" else {"generation_config": GenerationConfig(do_sample=False)}
     ids = batch([[5, 6, 7]])
     with pytest.raises(ValueError, match=f"{option}=.*does not go with compressed images"):
         model.generate(**ids, compressed=kv, max_new_tokens=2, do_sample=False, **arguments)
@@ -53,6 +53,10 @@ def test_a_prompt_with_a_place_for_an_image_and_no_image_is_refused() -> None:
             model.generate(**batch(ids), max_new_tokens=2)
     with pytest.raises(ValueError, match="bottleneck tokens and no image.*give compressed="):
         model(**batch([[BOTTLENECK] * 3 + [6, 7]]))
+    for whole in (model, model.model, shared({"name": "avg_pool", "n_tokens": 4}).model):  # a forward pass answered, too
+        with pytest.raises(ValueError, match="no image was given"):
+            whole(**batch([[IMAGE] * N_PATCHES + [BOTTLENECK] * 3 + [6, 7]]))
+    assert shared({"name": "none"})(**batch([[IMAGE] * N_PATCHES + [6, 7]])).logits.shape[1] == N_PATCHES + 2  # as LLaVA
     with pytest.raises(ValueError, match="no image was given"):
         shared({"name": "none"}).generate(**batch([[IMAGE] * N_PATCHES + [6, 7]]), max_new_tokens=2)
     assert model.generate(**batch([[6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
@@ -124,3 +128,61 @@ def test_a_checkpoint_s_generation_config_does_not_change_greedy_answers(own: di
         assert model.generation_config is changed
     finally:
         model.generation_config = before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "hybrid"])
+@pytest.mark.parametrize("where", ["own", "given", "own beside a given one"])
+def test_a_configuration_may_name_the_cache(where: str, kind: str) -> None:
+    """Only the argument was read: transformers then refused our cache beside its own. `hybrid` it drops by itself."""
+    model = build(VOCO)
+    given: dict[str, Any] = {**batch([QUESTIONS[0]]), "compressed": model.compress(pixel_values=pixels(1)), "do_sample": False}
+    expected = model.generate(**given, max_new_tokens=3)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    (config if where == "given" else model.generation_config).cache_implementation = kind
+    options: dict[str, Any] = {"max_new_tokens": 3} if where == "own" else {"generation_config": config}
+    assert model.generate(**given, **options).equal(expected)
+    with pytest.raises(ValueError, match="cache_implementation is 'quantized'; over compressed images: 'dynamic', 'static'"):
+        model.generate(**given, generation_config=GenerationConfig(cache_implementation="quantized"))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_checkpoint_s_own_lengths_count_as_given_ones(cache: str) -> None:
+    """Its max_new_tokens wins over the max_length of a call, for which a static cache had no room: IndexError."""
+    model = build(VOCO)
+    prompt = [*image_ids(model), 6, 7]
+    given: dict[str, Any] = {**batch([prompt]), "pixel_values": pixels(1), "cache_implementation": cache, "do_sample": False}
+    model.generation_config.update(max_new_tokens=12, min_new_tokens=12, eos_token_id=list(range(4, 38)), pad_token_id=0)
+    assert model.generate(**given, max_length=len(prompt) + 3).shape == (1, len(prompt) + 12)
+    model.generation_config.update(max_new_tokens=None, min_new_tokens=None, min_length=len(prompt) + 3)
+    model.generation_config.max_length = len(prompt) + 3
+    assert model.generate(**given).shape == (1, len(prompt) + 3)
+
+
+def test_a_checkpoint_s_own_beams_count_beside_a_given_configuration() -> None:
+    """The images' kv was for one row, and transformers made two."""
+    model = build(VOCO)
+    given: dict[str, Any] = {**batch([QUESTIONS[0]]), "compressed": model.compress(pixel_values=pixels(1))}
+    expected = model.generate(**given, num_beams=2, max_new_tokens=3, do_sample=False)
+    model.generation_config.num_beams = 2
+    assert model.generate(**given, generation_config=GenerationConfig(max_new_tokens=3, do_sample=False)).equal(expected)
+
+
+def test_what_images_decide_cannot_be_given_beside_them() -> None:
+    """Positions, embeddings and features were dropped without a word, or ended in a TypeError."""
+    model = shared(VOCO)
+    given: dict[str, Any] = {**batch([QUESTIONS[0]]), "compressed": model.compress(pixel_values=pixels(1))}
+    for name in ("position_ids", "inputs_embeds", "patch_features"):
+        value = torch.zeros(1, 6, 1) if name == "inputs_embeds" else torch.zeros(1, 6, dtype=torch.long)
+        with pytest.raises(ValueError, match=f"leave out {name}"):
+            model(**given, **{name: value})
+        with pytest.raises(ValueError, match=name):
+            model.generate(**given, **{name: value}, max_new_tokens=2)
+    with pytest.raises(ValueError, match="image_codes.* not both"):
+        model.generate(**given, image_codes=torch.zeros(1), max_new_tokens=2)
+
+
+def test_fused_answers_need_a_cache() -> None:
+    """Without one every answer token was fused with the picture in the next step: other logits from the second on."""
+    model = shared({"name": "llava_mini", "n_fusion": 1})
+    with pytest.raises(ValueError, match="use_cache=False does not go with llava_mini"):
+        model.generate(**batch([[IMAGE, 6, 7]]), pixel_values=pixels(1), use_cache=False, max_new_tokens=2)

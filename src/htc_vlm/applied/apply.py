@@ -25,7 +25,7 @@ from htc_vlm import compressors
 from htc_vlm.applied import door, pruning, vision_tower
 from htc_vlm.applied.door import Prompt, Run
 from htc_vlm.applied.families import Family, Llava, family_of
-from htc_vlm.applied.hf_compat import compute_dtype
+from htc_vlm.applied.hf_compat import check_has_images, compute_dtype, generate_option, has_past
 from htc_vlm.applied.pruning import DropRun
 from htc_vlm.applied.vision_tower import TowerRun
 from htc_vlm.compressors import AppliedOnly, Compressor
@@ -259,6 +259,7 @@ class Reading(nn.Module):
         run, length = applied.run, kwargs.pop("prompt_length", None)
         run.has_positions = kwargs.get("position_ids") is not None
         if not has_images(kwargs):
+            check_forgotten(applied, input_ids, kwargs)
             return super().forward(input_ids=input_ids, **kwargs)
         if input_ids is None:
             raise ValueError(f"{applied.method.name} finds images by their placeholders; give input_ids, not embeddings")
@@ -324,7 +325,7 @@ class Asking(nn.Module):
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         applied: Applied = self.__dict__[STATE]
-        check_generation(applied, self.generation_config if generation_config is None else generation_config, kwargs)
+        check_generation(applied, (generation_config, self.generation_config), kwargs)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         with applied.reading(prompt, None if prompt is None else prompt.shape[1]):
             return super().generate(prompt, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -365,6 +366,15 @@ def has_images(inputs: dict[str, Any]) -> bool:
     return given or (inputs.get("mm_encoder_outputs") or {}).get("image") is not None
 
 
+def check_forgotten(applied: Applied, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """ValueError for a prompt with places for images that came without one, on which no method would act."""
+    cache = kwargs.get("past_key_values")
+    if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("pixel_values_videos") is not None:
+        return
+    if cache is None or not has_past(cache, input_ids.shape[1]):
+        check_has_images(input_ids[:, : applied.run.prompt_length], [applied.run.image_token_id])
+
+
 def check_forward(applied: Applied, kwargs: dict[str, Any]) -> Tensor | None:
     """ValueError for calls that a cut prompt cannot follow. Takes the labels out, which must follow it."""
     name, is_cut = applied.method.name, applied.drop_run is None and applied.changes_features
@@ -377,16 +387,14 @@ def check_forward(applied: Applied, kwargs: dict[str, Any]) -> Tensor | None:
     return kwargs.pop("labels", None) if is_cut else None
 
 
-def check_generation(applied: Applied, config: GenerationConfig | None, options: dict[str, Any]) -> None:
+def check_generation(applied: Applied, configs: tuple[GenerationConfig | None, ...], options: dict[str, Any]) -> None:
     """ValueError for ways to generate that cannot go with tokens that leave. `options`: what generate was given, which
-    counts before `config`."""
+    counts before `configs`."""
     method, is_inside = applied.method, applied.drop_run is not None
     if not is_inside and not applied.changes_features:
         return
     for name in NOT_WHILE_DROPPING:
-        value = options.get(name)
-        if value is None:
-            value = getattr(config, name, None)
+        value = generate_option(name, options, *configs)
         if value and value != "dynamic":
             raise ValueError(
                 f"{method.name} does not go with {name}={value!r}: tokens leave its cache, and the prompt must be read in "

@@ -7,18 +7,39 @@ Differs: nothing is patched: masks go in ready-made, caches are built from tenso
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlavaConfig, PreTrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, LlavaConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 HONOURS_MASKS = ("sdpa", "eager", "flex_attention")
+
+
+def generate_option(name: str, arguments: Mapping[str, Any], *configs: GenerationConfig | None) -> Any:
+    """A setting of generate as transformers takes it: its argument, or the first of `configs` that says it.
+
+    configs: the one given to the call, then the model's own, from which transformers fills what the given one leaves at None.
+    """
+    said = [arguments[name]] if name in arguments else [getattr(config, name, None) for config in configs]
+    value = next((one for one in said if one is not None), None)
+    return None if name == "cache_implementation" and value == "hybrid" else value  # of old checkpoints; transformers drops it
+
+
+def check_has_images(prompt: Tensor | None, marks: Sequence[int | None]) -> None:
+    """ValueError where a prompt has places for images (ids in `marks`) and no image came with it."""
+    if prompt is None or prompt.is_floating_point():
+        return
+    if any(mark is not None and bool((prompt == mark).any()) for mark in marks):
+        raise ValueError(
+            "the prompt has places for images, and no image was given: the answer would come from nothing; give "
+            "pixel_values=..., or compressed=... (what model.compress returned)"
+        )
 
 
 def ready_mask(

@@ -177,8 +177,11 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         check_no_video(kwargs)
         if kwargs.pop("answers_only", False):
             raise ValueError(f"answers_only is known to LLaVA's models, not to {type(self).__name__}; leave it out")
-        others = (images["pixel_values"], past_key_values, inputs_embeds, labels)
         if compressed is not None:
+            others = {
+                "pixel_values": images["pixel_values"], "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+                "position_ids": position_ids, "kv_positions": kv_positions, "labels": labels,
+            }  # fmt: skip
             inputs = self._text_over(compressed, input_ids, attention_mask, others)
             return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
         if images["pixel_values"] is not None:
@@ -191,6 +194,8 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
         n_new = (inputs_embeds if input_ids is None else input_ids).shape[1]  # type: ignore[union-attr]
         has_past = past_key_values is not None and hf_compat.has_past(past_key_values, n_new)
         if not has_past and input_ids is not None:
+            if inputs_embeds is None and kwargs.get("mm_encoder_outputs") is None:
+                hf_compat.check_has_images(input_ids, [self.config.image_token_id])
             compressing.check_has_image(self.layout(input_ids, attention_mask), has_image=False)
         if has_past and kv_positions is not None and n_new > 1:
             attention_mask = compressing.mask_amid_text(

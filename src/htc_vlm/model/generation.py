@@ -8,6 +8,7 @@ Differs: training runs the paper's one masked pass; inference runs two (compress
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +17,19 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from htc_vlm.applied import hf_compat
+from htc_vlm.applied.hf_compat import check_has_images, generate_option
 from htc_vlm.compressors import Compressor
 from htc_vlm.model import adapter, compressing
 from htc_vlm.model.compressed import CompressedImages, check_images
 from htc_vlm.model.compressing import Group
-from htc_vlm.model.generation_options import check_has_images, check_over_images, moved_lengths, n_reserved
+from htc_vlm.model.generation_options import (
+    Configs,
+    check_fuses_once,
+    check_over_images,
+    moved_lengths,
+    n_reserved,
+    own_cache,
+)
 from htc_vlm.model.image_slots import Placed, place
 from htc_vlm.model.look_maps import byte_maps
 from htc_vlm.model.movable import check_movable
@@ -147,9 +156,12 @@ class GeneratesOverKv(GenerationMixin):
         bottleneck = self._compressor.n_bottleneck
         pixels = {name: kwargs.pop(name, None) for name in self.IMAGE_INPUTS}
         has_pixels = pixels["pixel_values"] is not None or pixels.get("patch_features") is not None
+        configs = self._configs(args, kwargs)
         if not bottleneck or not (has_pixels or compressed is not None):
             if compressed is not None:
                 self._need_bottleneck()
+            if self._compressor.n_fusion and has_pixels:
+                check_fuses_once(self._compressor.name, configs, kwargs)
             if pixels.get("patch_features") is not None:  # generate knows pixel_values only, and would drop these silently
                 kwargs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels)}
             elif has_pixels:
@@ -158,24 +170,25 @@ class GeneratesOverKv(GenerationMixin):
                 marks = [self.config.image_token_id, self.config.bottleneck_token_id if bottleneck else None]
                 check_has_images(kwargs.get("input_ids") if inputs is None else inputs, marks)
             return super().generate(inputs, *args, **kwargs)
-        if has_pixels and compressed is not None:
-            raise ValueError("give pixel_values or compressed=..., not both")
+        if compressed is not None and (has_pixels or pixels.get("image_codes") is not None):
+            raise ValueError("give pixel_values (or patch_features, image_codes) or compressed=..., not both")
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
                 "past_key_values cannot be combined with images; give the whole conversation and compressed=..."
             )
-        check_over_images(self._generation_config(args, kwargs), kwargs)
+        check_over_images(configs, kwargs)
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if prompt is None:
             raise ValueError("generate needs input_ids (the question); got images only")
         if compressed is None:
             compressed = self._compress_for(prompt, kwargs.get("attention_mask"), pixels)
-        reserve, n_copies = self._reserve(args, kwargs, prompt.shape[1]), self._n_copies(args, kwargs)
+        n_copies = max(generate_option(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        reserve = self._reserve(configs, kwargs, prompt.shape[1], n_copies)
         inputs_over_cells = self._inputs_over_cells(prompt, kwargs.pop("attention_mask", None), compressed, reserve)
         if n_copies > 1 and reserve is None:
             inputs_over_cells["past_key_values"].batch_repeat_interleave(n_copies)
         n_placed = inputs_over_cells["input_ids"].shape[1]
-        kwargs = moved_lengths(self._given_config(args, kwargs), kwargs, prompt.shape[1], n_placed)
+        kwargs = moved_lengths(configs, kwargs, prompt.shape[1], n_placed)
         out = super().generate(None, kwargs.pop("generation_config", None), *args[1:], **inputs_over_cells, **kwargs)
         return _with_prompt(out, prompt, n_placed)
 
@@ -183,37 +196,25 @@ class GeneratesOverKv(GenerationMixin):
         """The images of prompts."""
         return self.compress(**pixels)
 
-    def _reserve(self, args: tuple, kwargs: dict[str, Any], n_given: int) -> Reserve | None:
+    def _reserve(self, configs: Configs, kwargs: dict[str, Any], n_given: int, n_copies: int) -> Reserve | None:
         """What a static cache must have room for; None for a dynamic one. Takes `cache_implementation` and
         `max_cache_len` out of `kwargs`: generate gets a ready-made cache."""
-        kind, n_least = kwargs.pop("cache_implementation", None), kwargs.pop("max_cache_len", None)
-        if kind not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation is {kind!r}; over compressed images: 'dynamic', 'static'")
-        if kind != "static":
-            return None
-        config = self._generation_config(args, kwargs)
-        n_new = n_reserved(config, self._given_config(args, kwargs), kwargs, n_given)
-        return Reserve(n_new, int(n_least or config.max_cache_len or 0), self._n_copies(args, kwargs))
+        kind = own_cache(kwargs, configs, ("dynamic", "static"))
+        n_least = generate_option("max_cache_len", kwargs, *configs)
+        kwargs.pop("max_cache_len", None)
+        return None if kind != "static" else Reserve(n_reserved(configs, kwargs, n_given), int(n_least or 0), n_copies)
 
-    def _given_config(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a call was given as generation_config; None where it was not."""
-        return kwargs.get("generation_config") or (args[0] if args else None)
-
-    def _generation_config(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self._given_config(args, kwargs) or self.generation_config
-
-    def _n_copies(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        """How many rows generate will make of each prompt (beams, return sequences)."""
-        config = self._generation_config(args, kwargs)
-        counts = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
-        return max(counts)
+    def _configs(self, args: tuple, kwargs: dict[str, Any]) -> Configs:
+        """What a call was given as generation_config (None where it was not), and the model's own."""
+        return kwargs.get("generation_config") or (args[0] if args else None), self.generation_config
 
     def _text_over(
-        self, compressed: CompressedImages, input_ids: Tensor | None, attention_mask: Tensor | None, others: tuple[Any, ...]
+        self, compressed: CompressedImages, input_ids: Tensor | None, attention_mask: Tensor | None, others: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Arguments of a forward pass over compressed images; ValueError where it was given `others` beside them."""
-        if any(other is not None for other in others):
-            raise ValueError("with compressed=..., give input_ids and attention_mask only (no pixels, cache or labels)")
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise ValueError(f"with compressed=..., give input_ids and attention_mask only, and leave out {', '.join(given)}")
         if input_ids is None:
             raise ValueError("compressed=... needs input_ids (the question); got images only")
         inputs = self._inputs_over_cells(input_ids, attention_mask, compressed)

@@ -66,7 +66,11 @@ class HtcVlmForConditionalGeneration(GeneratesOverKv, HtcVlmPreTrainedModel, Lla
         if answers_only and (compressed is not None or not (isinstance(logits_to_keep, int) and logits_to_keep == 0)):
             raise ValueError("answers_only computes a training loss: leave out compressed and logits_to_keep")
         if compressed is not None:
-            others = (pixel_values, past_key_values, inputs_embeds, labels)
+            others = {
+                "pixel_values": pixel_values, "patch_features": patch_features, "image_codes": image_codes,
+                "mm_encoder_outputs": mm_encoder_outputs, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+                "position_ids": position_ids, "kv_positions": kv_positions, "question_ids": question_ids, "labels": labels,
+            }  # fmt: skip
             inputs = self._text_over(compressed, input_ids, attention_mask, others)
             return self(**inputs, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and self.model.compressor.n_fusion and "is_answer" not in kwargs:
