@@ -60,10 +60,9 @@ def test_answers_from_cached_images_are_those_of_the_pictures(family: str, name:
 
 
 def test_a_penalty_counts_the_words_before_a_cached_image() -> None:
-    """Qwen2.5-VL's generation_config penalises what was said: the cached text was not counted, and a filler was."""
+    """What was said counts, the cached text too: that was not counted, and a filler was."""
     model, processor = made("qwen2_5_vl")
-    model.generation_config.repetition_penalty = 1.7
-    options = {**OPTIONS, "output_scores": True, "max_new_tokens": 1}
+    options = {**OPTIONS, "output_scores": True, "max_new_tokens": 1, "repetition_penalty": 1.7}
     kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
     cached = htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, **options)
     text = [processor.chat_template.replace("QUESTION", question) for question in QUESTIONS]
@@ -168,6 +167,44 @@ def test_what_would_not_be_exact_is_refused_by_name() -> None:
         CompressedImages.concat([kept, plain])
     again = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3, prompt="another sys user <image> ? answer")
     assert ask("another sys user <image> what ? answer", again)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"prefill_chunk_size": 2}, "prefill_chunk_size=2 does not go"), ({"use_cache": False}, "use_cache=False does not go"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 does not go"),
+        ({"cache_implementation": "static"}, "'static'; over compressed images: 'dynamic'"),
+        ({"max_length": 40}, "max_length=40 .* max_new_tokens"), ({"min_length": 40}, "min_length=40 .* min_new_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options_that_half_work_over_cached_images_are_refused(option: dict[str, Any], message: str, how: str) -> None:
+    """Errors about tensor sizes, lengths that were ignored or counted hidden entries."""
+    model, processor = made("llava")
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    given = option if how == "argument" else {"generation_config": GenerationConfig(**option)}
+    with pytest.raises(ValueError, match=message):
+        htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, **given)
+    model.generation_config.update(**option)  # a checkpoint's own is not obeyed
+    assert len(htc_vlm.generate(model, processor, compressed=kept, text=QUESTIONS, max_new_tokens=2)) == 2
+
+
+def test_lengths_and_choices_are_the_call_s_and_not_the_checkpoint_s() -> None:
+    """A given configuration's 8 tokens were 9 of the default 64; a checkpoint's min_new_tokens made greedy answers longer."""
+    model, processor = made("llava")
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    ask = functools.partial(htc_vlm.generate, model, processor, compressed=kept, text=QUESTIONS, return_dict_in_generate=True)
+    eight = GenerationConfig(max_new_tokens=8, min_new_tokens=8)
+    assert ask(generation_config=eight).sequences.shape[1] == 8
+    assert ask(generation_config=eight, max_new_tokens=9).sequences.shape[1] == 9
+    assert ask(max_new_tokens=3, cache_implementation="dynamic").sequences.shape[1] <= 3
+    model.generation_config.eos_token_id = ask(max_new_tokens=1).sequences[:, 0].tolist()
+    assert ask().sequences.shape[1] == 1
+    model.generation_config.update(min_new_tokens=5)
+    assert ask().sequences.shape[1] == 1
+    assert ask(generation_config=model.generation_config).sequences.shape[1] >= 5
 
 
 def test_our_own_models_take_the_same_call() -> None:

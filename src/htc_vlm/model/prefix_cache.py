@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.applied.apply import apply
+from htc_vlm.applied.hf_compat import generate_option
 from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.compressed import CompressedImages, check_images
+from htc_vlm.model.generation_options import check_over_images, greedy, own_cache
 from htc_vlm.model.recipe import recipe_of
 
 OWN = "its own"  # the method of a model with a compressor
-GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever a checkpoint says
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,17 @@ def generate(
     compressed: CompressedImages,
     text: Sequence[str],
     which: Sequence[int] | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     **options: Any,
 ) -> Any:
     """Answers to `text` over compressed images, as the model gives them over the pictures themselves: one str for each.
 
     text: questions, or whole prompts with the processor's image token in them (which must begin as the cached ones). which:
     the image of each; by default one image is shared by all, or each has its own. options: as for transformers' generate;
-    with return_dict_in_generate=True its output is returned, with the new tokens as `sequences`. Greedy by default.
-    ValueError for images of another model, processor or method, another beginning, or a second image.
+    with return_dict_in_generate=True its output is returned, with the new tokens as `sequences`. Greedy and 64 new tokens at
+    most by default, whatever the checkpoint's generation_config says; generation_config=model.generation_config obeys it.
+    ValueError for images of another model, processor or method, another beginning, or a second image, and for options that
+    cannot go over images.
     """
     check_images(compressed)
     text = [text] if isinstance(text, str) else list(text)
@@ -119,20 +123,36 @@ def generate(
             raise ValueError("these images were compressed by a bottleneck, which this model does not have")
         if options:
             raise ValueError(f"a model with a bottleneck takes {', '.join(options)} in model.generate(compressed=...)")
-        return Answerer(model, processor).ask(compressed, which, text, max_new_tokens)
+        return Answerer(model, processor).ask(compressed, which, text, 64 if max_new_tokens is None else max_new_tokens)
+    given = options.pop("generation_config", None)
+    options = checked_options(given, options | {"max_new_tokens": max_new_tokens})
     tails = [tail(split(processor, one), compressed.prompt) for one in text]
     inputs = over(model, processor, compressed, which, tails)
-    given = {name: getattr(options.get("generation_config"), name, None) for name in GREEDY}
-    options = {**GREEDY, **{name: value for name, value in (given | options).items() if value is not None}}
-    n_copies = max(int(options[name]) for name in ("num_beams", "num_return_sequences"))
+    n_copies = max(generate_option(name, options, given) or 1 for name in ("num_beams", "num_return_sequences"))
     if n_copies > 1:
         inputs["past_key_values"].batch_repeat_interleave(n_copies)
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+    with greedy(model):
+        out = model.generate(**inputs, generation_config=given, **options)
     n_given = inputs["input_ids"].shape[1]
     if isinstance(out, Tensor):
         return [one.strip() for one in processor.tokenizer.batch_decode(out[:, n_given:], skip_special_tokens=True)]
     out.sequences = out.sequences[:, n_given:]
     return out
+
+
+def checked_options(config: GenerationConfig | None, options: dict[str, Any]) -> dict[str, Any]:
+    """`generate`'s options as transformers shall get them. ValueError, naming the option, for what cannot go over images."""
+    options = {name: value for name, value in options.items() if value is not None}
+    check_over_images((config,), options)
+    for name in ("input_ids", "attention_mask", "pixel_values", "patch_features"):
+        if name in options:
+            raise ValueError(f"{name} cannot be given with compressed=..., which holds the image; give text=[...] only")
+    own_cache(options, (config,), ("dynamic",))
+    for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = generate_option(name, options, config)
+        if value and generate_option(other, options, config) is None:
+            raise ValueError(f"{name}={value} counts the prompt, of which the image is kept as entries; give {other}")
+    return options if generate_option("max_new_tokens", options, config) is not None else options | {"max_new_tokens": 64}
 
 
 # ---------------------------------------------------------------------------------------------------- models and methods
