@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import GenerationConfig
 
 import htc_vlm
 from htc_vlm import CompressedImages
+from htc_vlm.model.answering import Answerer
 from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.testing.families import FAMILIES, PAD, START, tiny_model
 from htc_vlm.testing.processor import TinyProcessor
@@ -205,6 +207,24 @@ def test_lengths_and_choices_are_the_call_s_and_not_the_checkpoint_s() -> None:
     model.generation_config.update(min_new_tokens=5)
     assert ask().sequences.shape[1] == 1
     assert ask(generation_config=model.generation_config).sequences.shape[1] >= 5
+
+
+def test_a_model_in_a_peft_wrapper_is_the_model_inside(tmp_path: Path) -> None:
+    """Its attributes were looked for on the wrapper: errors about a missing compressor, or that there is no bottleneck."""
+    picture, question = Image.new("RGB", (48, 48), "red"), ["what is it ?"]
+    for name, method in (("tiny", {}), ("tiny-upper", {"method": "divprune", "n_keep": 9})):
+        model, processor = htc_vlm.load(name)
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        kept = htc_vlm.compress(wrapped, processor, [picture], **method)
+        expected = htc_vlm.compress(wrapped.get_base_model(), processor, [picture], **method)
+        assert kept.kv.equal(expected.kv)
+        assert len(htc_vlm.generate(wrapped, processor, compressed=kept, text=question, max_new_tokens=2)) == 1
+        assert Answerer(wrapped, processor).answer("a", lambda: picture, question, 2)
+        stored = {"name": "divprune", "n_keep": 9} if method else None
+        htc_vlm.ImageStore.open(tmp_path / name, wrapped, processor, method=stored).close()
+    with htc_vlm.apply(wrapped, "divprune", n_keep=9) as applied:
+        wrapped(**processor(images=[picture], text=["<image>what is it ?"], return_tensors="pt"))
+    assert applied.schedule is not None and applied.schedule[0] == 9
 
 
 def test_our_own_models_take_the_same_call() -> None:

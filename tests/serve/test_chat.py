@@ -179,10 +179,35 @@ def test_a_checkpoint_that_samples_is_the_default(client: Server, monkeypatch: p
     writer = client.server.writer
     request = ChatRequest(model="tiny", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
     assert writer.sampling(request, 1).temperature == 0
-    monkeypatch.setattr(writer.model.generation_config, "do_sample", True)
-    monkeypatch.setattr(writer.model.generation_config, "temperature", 0.2)
-    assert writer.sampling(request, 1).temperature == 0.2
+    assert writer.sampling(request, 1).top_k == 0
+    for name, value in {"do_sample": True, "temperature": 0.2, "top_k": 3}.items():
+        monkeypatch.setattr(writer.own, name, value)
+    assert (writer.sampling(request, 1).temperature, writer.sampling(request, 1).top_k) == (0.2, 3)
     assert writer.sampling(request.model_copy(update={"temperature": 0.0}), 1).temperature == 0
+
+
+def test_a_checkpoint_s_other_options_do_not_change_answers(client: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """min_new_tokens and sequence_bias made other answers than `htc-vlm ask`, use_cache=False and stop_strings none at all."""
+    from htc_vlm.model.generation_options import greedy_config
+
+    engine, url = client.server.engine, client.keep(0)
+    expected = text(client.chat(QUESTION, url))
+    for name, value in {"min_new_tokens": 4, "use_cache": False, "stop_strings": ["x"], "prefill_chunk_size": 2}.items():
+        monkeypatch.setattr(engine.model.generation_config, name, value)
+    monkeypatch.setattr(engine, "_config", greedy_config(engine.model.generation_config))
+    assert text(client.chat(QUESTION, url)) == expected
+
+
+def test_sampling_that_rows_cannot_do_is_refused_at_the_start() -> None:
+    """A checkpoint's min_p was dropped without a word."""
+    from transformers import GenerationConfig
+
+    from htc_vlm.serve.engine import check_sampling
+
+    check_sampling(GenerationConfig(min_p=0.1))
+    check_sampling(GenerationConfig(do_sample=True, temperature=0.3, top_p=0.9, top_k=4, typical_p=1.0))
+    with pytest.raises(ValueError, match="samples with min_p=0.1; the server knows temperature, top_p and top_k"):
+        check_sampling(GenerationConfig(do_sample=True, min_p=0.1))
 
 
 def test_models_are_listed(client: Server) -> None:

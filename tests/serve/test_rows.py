@@ -112,3 +112,9 @@ def test_a_seed_gives_the_same_draws_in_any_company(others: int) -> None:
     mates: list[Any] = [row(Sampling(9, 1.0, seed=100 + i)) for i in range(others)]
     assert sequence([*mates, row(Sampling(9, 1.0, seed=7))], others) == sequence([row(Sampling(9, 1.0, seed=7))], 0)
     assert sequence([row(Sampling(9, 1.0, seed=7), choice=1)], 0) != sequence([row(Sampling(9, 1.0, seed=7))], 0)
+
+
+def test_top_k_keeps_the_k_largest_scores() -> None:
+    """temperature 50 with top_k 1 was noise."""
+    scores = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    assert all(int(row(Sampling(1, temperature=50.0, top_k=1, seed=i)).perturb(scores).argmax()) == 1 for i in range(20))

@@ -25,7 +25,7 @@ from htc_vlm import compressors
 from htc_vlm.applied import door, pruning, vision_tower
 from htc_vlm.applied.door import Prompt, Run
 from htc_vlm.applied.families import Family, Llava, family_of
-from htc_vlm.applied.hf_compat import check_has_images, compute_dtype, generate_option, has_past
+from htc_vlm.applied.hf_compat import check_has_images, compute_dtype, generate_option, has_past, unwrapped
 from htc_vlm.applied.pruning import DropRun
 from htc_vlm.applied.vision_tower import TowerRun
 from htc_vlm.compressors import AppliedOnly, Compressor
@@ -177,6 +177,7 @@ def apply(model: Any, name: str, *, budget: float | None = None, **settings: Any
     budget: instead of the method's own settings, the visual tokens of an image, mean over layers: 64, or as a share 0.11.
     ValueError for settings that this model cannot meet.
     """
+    model = unwrapped(model)
     family = family_of(model)
     check_free(model)
     applied = Applied(family, name, settings, budget)

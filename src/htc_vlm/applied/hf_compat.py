@@ -31,6 +31,16 @@ def generate_option(name: str, arguments: Mapping[str, Any], *configs: Generatio
     return None if name == "cache_implementation" and value == "hybrid" else value  # of old checkpoints; transformers drops it
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside a PEFT wrapper, adapters in place; any other as it is. ValueError for learned prompts, which stay
+    outside."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(model).__name__} learns a prompt, which no image is compressed with; use LoRA")
+    return model.get_base_model()
+
+
 def check_has_images(prompt: Tensor | None, marks: Sequence[int | None]) -> None:
     """ValueError where a prompt has places for images (ids in `marks`) and no image came with it."""
     if prompt is None or prompt.is_floating_point():

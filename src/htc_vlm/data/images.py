@@ -38,7 +38,8 @@ class ImageError(ValueError):
 def load_image(path: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """The picture in a file as upright RGB, 8 bits per channel, transparency on white, first frame.
 
-    `max_pixels` is compared with width x height before anything is decoded.
+    `max_pixels` is compared with width x height before anything is decoded; above twice PIL.Image.MAX_IMAGE_PIXELS (179 M)
+    Pillow refuses by itself, so raise that, too.
     Raises ImageError for whatever does not give right pixels.
     """
     file = Path(path)
@@ -191,7 +192,10 @@ def _open(stream: IO[bytes], name: str, head: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: {_what_it_is(head)}") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: is a decompression bomb ({error}); scale it down") from error
+        raise ImageError(
+            f"{name}: is a decompression bomb ({error}); scale it down, or, if you trust the file, raise Pillow's own limit, "
+            "PIL.Image.MAX_IMAGE_PIXELS, beside max_pixels"
+        ) from error
     except Exception as error:
         raise ImageError(
             f"{name}: has a damaged header ({type(error).__name__}: {error}); download or copy it again"

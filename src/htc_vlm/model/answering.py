@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from htc_vlm.applied.hf_compat import unwrapped
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.generation_options import greedy
 from htc_vlm.model.recipe import Recipe
@@ -71,7 +72,7 @@ class Answerer:
         cache: str = "dynamic",
         keep_pixels: bool = False,
     ) -> None:
-        self.model, self.processor, self.cache, self.keep_pixels = model, processor, cache, keep_pixels
+        self.model, self.processor, self.cache, self.keep_pixels = unwrapped(model), processor, cache, keep_pixels
         self._last: tuple[str, Any] | None = None
 
     def answer(

@@ -140,9 +140,9 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 raise ValueError("give pixel_values or patch_features, not both")
             images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
             mm_encoder_outputs = {"image": images}
-        given = (pixel_values, inputs_embeds, (mm_encoder_outputs or {}).get("image"))
+        brought = (pixel_values, inputs_embeds, (mm_encoder_outputs or {}).get("image"))
         begins = past_key_values is None or not hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
-        if self.compressor.name != "none" and begins and all(one is None for one in given):
+        if self.compressor.name != "none" and begins and all(one is None for one in brought):
             hf_compat.check_has_images(input_ids, [self.config.image_token_id])
         ids = input_ids
         if self.compressor.n_fusion:

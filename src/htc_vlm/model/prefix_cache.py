@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from htc_vlm.applied import hf_compat
 from htc_vlm.applied.apply import apply
-from htc_vlm.applied.hf_compat import generate_option
+from htc_vlm.applied.hf_compat import generate_option, unwrapped
 from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.compressed import CompressedImages, check_images
@@ -55,7 +55,7 @@ def compress(
     if isinstance(images, str | bytes) or not isinstance(images, Iterable):
         what = "a picture" if isinstance(images, Image.Image) else f"{type(images).__name__} {images!r:.60}"
         raise ValueError(f"images is {what}; give a list of pictures, e.g. [Image.open('cat.png')]")
-    images = list(images)
+    model, images = unwrapped(model), list(images)
     if not images:
         raise ValueError("no picture given")
     if own_bottleneck(model):
@@ -82,7 +82,7 @@ def compress(
 
 def prompt_of(model: Any, processor: Any, method: str, **settings: Any) -> dict[str, Any]:
     """`CompressedImages.prompt` of all that `compress` makes so, without making any. ValueError where it cannot."""
-    asked = split(processor, "?")
+    model, asked = unwrapped(model), split(processor, "?")
     inputs = read(model, processor, asked, Image.new("RGB", (64, 64), "gray"))
     made, context = method_of(model, method, settings)
     with context():  # a method that does not act on this model is refused
@@ -114,6 +114,7 @@ def generate(
     cannot go over images.
     """
     check_images(compressed)
+    model = unwrapped(model)
     text = [text] if isinstance(text, str) else list(text)
     if not text:
         raise ValueError("no question given; text=[...] takes one or more")
@@ -158,7 +159,7 @@ def checked_options(config: GenerationConfig | None, options: dict[str, Any]) ->
 # ---------------------------------------------------------------------------------------------------- models and methods
 def own_bottleneck(model: Any) -> bool:
     """Has the model a bottleneck of its own?"""
-    own = getattr(model.base_model, "compressor", None)
+    own = getattr(unwrapped(model).base_model, "compressor", None)
     return isinstance(own, Compressor) and bool(own.n_bottleneck)
 
 
@@ -237,7 +238,13 @@ def split(processor: Any, text: str) -> Asked:
         )
     before, after = text.split(mark)
     ids_after = list(processor.tokenizer(mark + after, add_special_tokens=False)["input_ids"])[1:]  # as amid the prompt
-    return Asked(list(processor.tokenizer(before)["input_ids"]), ids_after, text, [])
+    return Asked(list(processor.tokenizer(before, **begun(processor, text))["input_ids"]), ids_after, text, [])
+
+
+def begun(processor: Any, text: str) -> dict[str, Any]:
+    """The tokenizer's option for a text that begins with its BOS, as some templates write it: it adds no second one."""
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def read(model: Any, processor: Any, asked: Asked, image: Any, whole: bool = False) -> dict[str, Tensor]:
@@ -246,7 +253,7 @@ def read(model: Any, processor: Any, asked: Asked, image: Any, whole: bool = Fal
         inputs = dict(processor(images=[image], return_tensors="pt"))
         inputs["input_ids"] = torch.tensor([asked.ids])
     else:
-        inputs = dict(processor(images=[image], text=[asked.text], return_tensors="pt"))
+        inputs = dict(processor(images=[image], text=[asked.text], return_tensors="pt", **begun(processor, asked.text)))
     ids = inputs["input_ids"]
     is_visual = (ids[0] == model.config.image_token_id).nonzero()
     if not len(is_visual):

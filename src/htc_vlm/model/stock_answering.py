@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from htc_vlm.applied.apply import apply
+from htc_vlm.applied.hf_compat import unwrapped
 from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model import prefix_cache
 from htc_vlm.model.answering import AskLike
@@ -25,7 +26,7 @@ Kept = CompressedImages | list[CompressedImages] | list[Image.Image]
 
 def is_stock(model: Any) -> bool:
     """Is it a model of transformers' own, which `answering.Answerer` does not know?"""
-    return not isinstance(model, GeneratesOverKv)
+    return not isinstance(unwrapped(model), GeneratesOverKv)
 
 
 class StockAnswerer:
@@ -37,7 +38,7 @@ class StockAnswerer:
     def __init__(
         self, model: Any, processor: Any, method: Mapping[str, Any] | None = None, one_file: bool = False
     ) -> None:
-        self.model, self.processor, self.one_file = model, processor, one_file
+        self.model, self.processor, self.one_file = unwrapped(model), processor, one_file
         self.method = {"name": "none"} if method is None else dict(method)
         self.keeps = one_file or method_is_independent(self.method)
         self._last: tuple[str, Kept] | None = None

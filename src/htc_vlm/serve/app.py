@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from htc_vlm.applied.hf_compat import unwrapped
 from htc_vlm.model.prefix_cache import own_bottleneck
 from htc_vlm.serve.chat import Chat, Writer
 from htc_vlm.serve.engine import Engine, refusal
@@ -63,6 +64,7 @@ def make_app(
     store: opened with this model; with a method, where the model has no bottleneck. token: None lets everybody ask.
     only_local: refuse Host headers other than localhost's.
     """
+    model = unwrapped(model)
     is_stock = not own_bottleneck(model)
     if is_stock and "prompt" not in store.about.recipe.parts:
         raise ValueError(f"model {model_name!r} has no bottleneck, and the store was not made by it; {NO_METHOD}")

@@ -30,6 +30,7 @@ class Writer:
 
     def __init__(self, engine: Engine) -> None:
         self.model, self.processor, self.limits = engine.model, engine.processor, engine.limits
+        self.own = engine.own  # the model's, which is another while the engine decodes
         self.n_context = int(self.model.config.get_text_config().max_position_embeddings)
         marks = (getattr(self.processor, name, None) for name in ("image_token", "bottleneck_token"))
         self._marks = tuple(mark for mark in marks if mark)
@@ -96,7 +97,7 @@ class Writer:
         if room < (wanted or 1):
             what = f"the prompt takes {n_positions} of {self.n_context} positions, {wanted or 1} tokens do not fit after it"
             raise Refusal(400, what, "context_length_exceeded")
-        own = self.model.generation_config
+        own = self.own
         temperature = (own.temperature if own.temperature is not None else 1.0) if own.do_sample else 0.0
         top_p = (own.top_p if own.top_p is not None else 1.0) if own.do_sample else 1.0
         temperature = temperature if request.temperature is None else request.temperature
@@ -105,6 +106,7 @@ class Writer:
             max_tokens=wanted or min(default, room),
             temperature=temperature if temperature >= LEAST_TEMPERATURE and top_p > 0 else 0.0,
             top_p=top_p,
+            top_k=(own.top_k or 0) if own.do_sample else 0,
             seed=request.seed,
             stop=request.stops(),
         )

@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from htc_vlm.model.compressed import CompressedImages
+from htc_vlm.model.generation_options import greedy, greedy_config
 from htc_vlm.serve.errors import Refusal, busy, model_is_dead
 from htc_vlm.serve.limits import Limits
 from htc_vlm.serve.metrics import Metrics
@@ -47,11 +48,10 @@ class Engine:
         self._batch_seconds = 0.1  # moving mean
         self._thread = threading.Thread(target=self._run, name="htc-vlm-model", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        config = copy.deepcopy(model.generation_config)
         # What a checkpoint says of sampling is the requests' default (see chat.py); rows choose by ChooseByRow.
-        config.update(do_sample=False, num_beams=1, num_return_sequences=1, temperature=None, top_p=None, top_k=None)
-        config.update(max_length=None, min_length=0, return_dict_in_generate=False)
-        self._config = config
+        self.own = copy.deepcopy(model.generation_config)
+        check_sampling(self.own)
+        self._config = config = greedy_config(self.own)
         ends = config.eos_token_id
         self._ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
         fillers = (config.pad_token_id, processor.tokenizer.pad_token_id, *sorted(self._ends), 0)
@@ -210,12 +210,13 @@ class Engine:
     @torch.inference_mode()
     def _generate(self, rows: list[Row]) -> None:
         """One batch."""
-        self.model.generate(
-            **self._inputs(rows),
-            generation_config=self._config_for(rows),
-            stopping_criteria=StoppingCriteriaList([EndByRow(rows, self._ends, self._post)]),
-            logits_processor=LogitsProcessorList([ChooseByRow(rows)]),
-        )
+        with greedy(self.model):
+            self.model.generate(
+                **self._inputs(rows),
+                generation_config=self._config_for(rows),
+                stopping_criteria=StoppingCriteriaList([EndByRow(rows, self._ends, self._post)]),
+                logits_processor=LogitsProcessorList([ChooseByRow(rows)]),
+            )
 
     def _sizes(self, row: Row) -> set[int]:
         """Entries of a row's images: rows of one batch have at most one number of them."""
@@ -258,6 +259,18 @@ class Engine:
             if done.set_running_or_notify_cancel():
                 done.set_exception(model_is_dead())
         self._post([(row, _failed(row, model_is_dead())) for row in rows])
+
+
+def check_sampling(own: GenerationConfig) -> None:
+    """ValueError for a checkpoint that samples in a way that rows cannot; others would be served as what they are not."""
+    if not own.do_sample:
+        return
+    for name, neutral in {"min_p": 0, "top_h": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}.items():
+        if (value := getattr(own, name, None)) not in (None, neutral):
+            raise ValueError(
+                f"this checkpoint's generation_config samples with {name}={value}; the server knows temperature, top_p and "
+                f"top_k: set {name} to null in generation_config.json"
+            )
 
 
 def images_of(rows: Sequence[Row]) -> CompressedImages | None:

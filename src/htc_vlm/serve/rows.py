@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from htc_vlm.model.compressed import CompressedImages
 
@@ -22,13 +22,14 @@ Decode = Callable[[list[int]], str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row is answered. temperature 0: greedy. seed None: another answer each time."""
+    """How one row is answered. temperature 0: greedy. top_k 0: of all tokens. seed None: another answer each time."""
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ class Row:
                 self._random.manual_seed((self.sampling.seed + 1_000_003 * self.choice) % (1 << 63))
         row: Any = scores[None]
         row = TemperatureLogitsWarper(self.sampling.temperature)(row, row)
+        if self.sampling.top_k:
+            row = TopKLogitsWarper(self.sampling.top_k)(row, row)
         if self.sampling.top_p < 1:
             row = TopPLogitsWarper(self.sampling.top_p)(row, row)
         noise = torch.empty(row.shape[1]).exponential_(generator=self._random).log_()

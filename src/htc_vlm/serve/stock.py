@@ -73,6 +73,6 @@ class StockWriter(Writer):
             raise Refusal(400, "this model's processor has no chat template, so no prompt can be written", "invalid_request")
         text = self._templated(messages)
         if self.processor.image_token not in text:
-            return list(self.processor.tokenizer(text)["input_ids"]), []
+            return list(self.processor.tokenizer(text, **prefix_cache.begun(self.processor, text))["input_ids"]), []
         asked = prefix_cache.split(self.processor, text)
         return asked.before, asked.after

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from htc_vlm.applied.hf_compat import unwrapped
 from htc_vlm.data.images import ImageError
 from htc_vlm.model.compressed import CompressedImages
 from htc_vlm.model.packing import DTYPES, LEAST_CALIBRATION, Levels, Packed, Shape, row_bytes
@@ -70,7 +71,7 @@ class ImageStore:
         bottleneck looked, too. A store on a read-only disk is opened for reading.
         ValueError: made with another recipe or dtype, of a newer schema, damaged, or no store and no model to make one.
         """
-        folder = Path(path)
+        folder, model = Path(path), unwrapped(model)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
         if (model is None) != (processor is None):
