@@ -94,7 +94,7 @@ def _why_not_at_all(language_model: Any, settings: dict[str, Any]) -> str | None
 
 def _why_not_rotated(language_model: Any, rotary: Any, inv_freq: torch.Tensor) -> str | None:
     """Try the decoder's own rotation against ours on one key."""
-    attention = getattr(language_model.layers[0], "self_attn", None)
+    attention: Any = getattr(language_model.layers[0], "self_attn", None)
     if getattr(attention, "head_dim", None) is None:
         return f"its layers have no self_attn with a head_dim as Llama's, but are {type(language_model.layers[0]).__name__}"
     head_dim = int(attention.head_dim)
