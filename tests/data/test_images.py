@@ -253,6 +253,8 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     data = png(60000, 60000, 8, 2, b"")
     with pytest.raises(ImageError, match="bomb.png: .*(bomb|exceed)"):
         from_bytes(data, name="bomb.png")
+    with pytest.raises(ImageError, match="raise Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS, beside max_pixels"):
+        from_bytes(data, name="bomb.png", max_pixels=10**12)
 
 
 def test_the_pixel_limit_is_exact_and_named() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     CohereConfig,
     Gemma3TextConfig,
@@ -65,6 +66,14 @@ def test_a_decoder_that_a_rotation_does_not_move_is_refused_by_name(name: str) -
     if name != "phi":  # whose attention has no key of the general pass's mask to spare here
         with pytest.raises(ValueError, match="which this decoder's cannot be"):
             model(input_ids=torch.tensor([[*[IMAGE] * N_PATCHES, BOTTLENECK, *WORDS]]), pixel_values=tinies.pixels(1))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Mpt", "GPTNeoX"])
+def test_a_decoder_whose_parts_have_other_names_is_refused(kind: str) -> None:
+    """AttributeErrors from the middle of the construction."""
+    text = getattr(transformers, f"{kind}Config")(vocab_size=40, num_hidden_layers=1, hidden_size=64, num_attention_heads=4)
+    with pytest.raises(ValueError, match=f"voco needs a decoder built as Llama's.*; {kind}Model is not"):
+        model_with(text)
 
 
 def test_loading_refuses_it_before_anything_is_asked(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import GenerationConfig
 import htc_vlm
 from htc_vlm import CompressedImages
 from htc_vlm.model.answering import Answerer
+from htc_vlm.model.prefix_cache import split
 from htc_vlm.model.stock_answering import StockAnswerer
 from htc_vlm.testing.families import FAMILIES, PAD, START, tiny_model
 from htc_vlm.testing.processor import TinyProcessor
@@ -225,6 +227,34 @@ def test_a_model_in_a_peft_wrapper_is_the_model_inside(tmp_path: Path) -> None:
     with htc_vlm.apply(wrapped, "divprune", n_keep=9) as applied:
         wrapped(**processor(images=[picture], text=["<image>what is it ?"], return_tensors="pt"))
     assert applied.schedule is not None and applied.schedule[0] == 9
+
+
+def test_a_question_past_the_context_of_a_growing_rotation_is_refused() -> None:
+    """The image was cached at other frequencies than the whole prompt turns at: logits differed by an eighth of their size."""
+    model, processor = made("llava")
+    text = model.config.get_text_config()
+    text.rope_parameters = {**text.rope_parameters, "rope_type": "dynamic", "factor": 4.0}
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    ask = functools.partial(htc_vlm.generate, model, processor, compressed=kept, max_new_tokens=1)
+    text.max_position_embeddings = kept.n_visual[0] + 2
+    kept = htc_vlm.compress(model, processor, [0], "divprune", n_keep=3)
+    with pytest.raises(ValueError, match="'dynamic', whose frequencies change past .* positions"):
+        ask(compressed=kept, text=QUESTIONS)
+
+
+def test_a_template_s_bos_is_not_doubled() -> None:
+    """A template that writes BOS and a tokenizer that adds it gave two; apply_chat_template(tokenize=True) gives one."""
+
+    class Tokenizer:
+        bos_token = "<s>"
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            words = text.replace("<s>", "<s> ").replace("<image>", " <image> ").split()
+            return {"input_ids": [1] * add_special_tokens + [1 if word == "<s>" else 2 for word in words]}
+
+    processor = SimpleNamespace(image_token="<image>", tokenizer=Tokenizer())
+    assert split(processor, "<s>see <image> what").before == [1, 2]
+    assert split(processor, "see <image> what").before == [1, 2]
 
 
 def test_our_own_models_take_the_same_call() -> None:

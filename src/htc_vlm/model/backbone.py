@@ -23,7 +23,7 @@ from htc_vlm.applied import hf_compat
 from htc_vlm.compressors import ImageFeatures
 from htc_vlm.model import compressing, reading
 from htc_vlm.model.configuration import HtcVlmConfig
-from htc_vlm.model.movable import check_movable
+from htc_vlm.model.movable import check_built_as_llama, check_movable
 from htc_vlm.model.prefusion import ImagesToFuse, fuse
 from htc_vlm.model.pretrained import HtcVlmPreTrainedModel, sizes_of
 from htc_vlm.ops import masks, rope
@@ -36,6 +36,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
     def __init__(self, config: HtcVlmConfig) -> None:
         super().__init__(config)
         self.compressor = compressors.build(**config.compressor)
+        if self.compressor.n_bottleneck:
+            check_built_as_llama(self.compressor.name, self.language_model)
         self.compressor.setup(replace(sizes_of(config), new_decoder_layer=self._new_decoder_layer))
         self.post_init()
 

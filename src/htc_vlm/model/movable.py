@@ -59,6 +59,25 @@ def check_movable(name: str, language_model: nn.Module, n_positions: int) -> Non
         )
 
 
+def check_context(config: Any, n_positions: int) -> None:
+    """ValueError for a cached beginning of a prompt that n_positions make turn at other frequencies than it was read at."""
+    kind, context = _growth(config.to_dict())
+    if context is not None and n_positions > context:
+        raise ValueError(
+            f"this decoder's rotary kind is {kind!r}, whose frequencies change past {context} positions, and the prompts need "
+            f"{n_positions}: the images were cached at others; ask less, keep fewer tokens, or give model.generate the pictures"
+        )
+
+
+def check_built_as_llama(name: str, language_model: Any) -> None:
+    """ValueError for a decoder whose parts have other names, in which no bottleneck's keys are found."""
+    if not hasattr(language_model, "embed_tokens"):
+        raise ValueError(
+            f"{name} needs a decoder built as Llama's, Mistral's or Qwen2's; {type(language_model).__name__} is not (it has no "
+            "embed_tokens); use a method without a bottleneck"
+        )
+
+
 def check_decoder(model: Any) -> None:
     """`check_movable` of a whole model, for one image (of one token, where sizes differ): what a loaded checkpoint must pass.
     Methods without a bottleneck do."""
@@ -71,11 +90,17 @@ def check_decoder(model: Any) -> None:
 
 def _limits(language_model: Any) -> Limits:
     settings: dict[str, Any] = language_model.config.to_dict()
-    rotary = settings.get("rope_parameters") or {}
-    kind, context = str(rotary.get("rope_type")), None
-    if kind in GROWING:
-        context = int(rotary.get("original_max_position_embeddings") or settings["max_position_embeddings"])
+    kind, context = _growth(settings)
     return Limits(_why_not_at_all(language_model, settings), _window(settings), context, kind)
+
+
+def _growth(settings: dict[str, Any]) -> tuple[str, int | None]:
+    """(rotary kind, positions past which its frequencies change; None: they never do)."""
+    rotary = settings.get("rope_parameters") or {}
+    kind = str(rotary.get("rope_type"))
+    if kind not in GROWING:
+        return kind, None
+    return kind, int(rotary.get("original_max_position_embeddings") or settings["max_position_embeddings"])
 
 
 def _why_not_at_all(language_model: Any, settings: dict[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ from htc_vlm.compressors import COMPRESSORS, Compressor, build
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.compressed import CompressedImages, check_images
 from htc_vlm.model.generation_options import check_over_images, greedy, own_cache
+from htc_vlm.model.movable import check_context
 from htc_vlm.model.recipe import recipe_of
 
 OWN = "its own"  # the method of a model with a compressor
@@ -324,6 +325,8 @@ def over(
     assert compressed.prompt is not None
     recipe = recipe_of(model, getattr(processor, "image_processor", None), extra={"prompt": dict(compressed.prompt)})
     compressed.check_made_by(recipe.digest)
+    n_longest = max(compressed.n_visual[i] + len(row) for i, row in zip(which, tails, strict=True))
+    check_context(model.config.get_text_config(), n_longest)
     embedding = model.get_input_embeddings().weight
     is_shared = len(set(which)) == 1
     kv = compressed[[which[0]] if is_shared else which].kv.to(embedding.device, embedding.dtype)
