@@ -42,8 +42,9 @@ def test_a_store_is_made_asked_thinned_and_merged(tmp_path: Path, capsys: Captur
     assert run("get", store, good, entry["id"], "--output", str(tmp_path / "x.safetensors"))[0] == 0
     assert len(CompressedImages.load(tmp_path / "x.safetensors")) == 2
 
-    code, out, _ = run("remove", store, good)
-    assert code == 0 and json.loads(out) == {"removed": 1, "images": len(tiny.GOOD) - 1}
+    code, out, lines = run("remove", store, "typo.png", good)
+    assert code == 1 and json.loads(out) == {"removed": 1, "images": len(tiny.GOOD) - 1}
+    assert lines == ["htc-vlm store: not removed: typo.png: no image of this id or name"]
     assert run("verify", store)[:2] == (0, f"{len(tiny.GOOD) - 1} images, 0 damaged\n")
     assert run("compact", store)[0] == 0
     run("add", str(tmp_path / "t"), good, *model, "--dtype", "int8")

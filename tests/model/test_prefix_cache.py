@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import GenerationConfig
 
 import htc_vlm
-from htc_vlm import CompressedImages
+from htc_vlm import CompressedImages, registry
+from htc_vlm.compressors import COMPRESSORS
 from htc_vlm.model.answering import Answerer
 from htc_vlm.model.prefix_cache import split
 from htc_vlm.model.stock_answering import StockAnswerer
@@ -141,6 +145,20 @@ def test_each_question_reads_its_own_image(family: str) -> None:
     for row, picture in enumerate([2, 1]):
         expected = uncached(model, processor, picture, [QUESTIONS[row]], "divprune", n_keep=3)
         torch.testing.assert_close(out.logits[0][row], expected.logits[0][0], atol=2e-5, rtol=1e-5)
+
+
+def test_a_package_that_cannot_be_imported_hides_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("broken", "no_such_module:X", COMPRESSORS.group or "")
+    monkeypatch.setattr(registry, "entry_points", lambda group: (broken,))
+    with pytest.raises(ValueError, match=r"fastv chooses by the question.*cache one of: avg_pool, divprune"):
+        htc_vlm.compress(*made("llava"), [0], "fastv", n_keep=3, layer=1)
+
+
+def test_an_offloaded_model_is_refused_by_name() -> None:
+    """"Cannot copy out of meta tensor" said nothing of what to do."""
+    model, processor = made("llava")
+    with pytest.raises(ValueError, match="is offloaded .* load the model whole on a device"):
+        htc_vlm.compress(cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu")), processor, [0])
 
 
 def test_what_would_not_be_exact_is_refused_by_name() -> None:

@@ -102,7 +102,7 @@ def _refs_in(folder: Path) -> Iterator[Ref]:
             try:
                 _image_column(schema, file)
             except ValueError as error:
-                print(f"left out: {error}", file=sys.stderr)
+                print(f"htc-vlm batch: left out: {error}", file=sys.stderr)
                 continue
         if file.suffix.lower() in (*PICTURES, ".tar", ".parquet"):
             yield from _refs_of_file(file)

@@ -13,7 +13,7 @@ from htc_vlm.cli._method import add_method, kept_method
 from htc_vlm.cli._toys import tell_toy
 from htc_vlm.files import printable
 
-EXIT_PARTLY = 1
+EXIT_PARTLY, EXIT_WRONG = 1, 2
 DTYPES = ("model", "int8", "int4", "int2")
 
 
@@ -133,9 +133,14 @@ def show(options: argparse.Namespace) -> int:
 
 def remove(options: argparse.Namespace) -> int:
     with _open(options) as store:
-        n_removed = store.remove(options.ids)
-        print(json.dumps({"removed": n_removed, "images": len(store)}))
-    return 0 if n_removed else 2
+        asked = list(dict.fromkeys(options.ids))
+        unknown = [one for one in asked if not store.remove(one)]
+        for one in unknown:
+            print(f"htc-vlm store: not removed: {printable(one)}: no image of this id or name", file=sys.stderr)
+        print(json.dumps({"removed": len(asked) - len(unknown), "images": len(store)}))
+    if len(unknown) == len(asked):
+        return EXIT_WRONG
+    return EXIT_PARTLY if unknown else 0
 
 
 def verify(options: argparse.Namespace) -> int:

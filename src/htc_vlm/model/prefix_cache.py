@@ -28,6 +28,7 @@ from htc_vlm.model.compressed import CompressedImages, check_images
 from htc_vlm.model.generation_options import check_over_images, greedy, own_cache
 from htc_vlm.model.movable import check_context
 from htc_vlm.model.recipe import recipe_of
+from htc_vlm.model.weights_digest import check_is_here
 
 OWN = "its own"  # the method of a model with a compressor
 
@@ -63,6 +64,7 @@ def compress(
         if method != "none":
             raise ValueError(f"this model compresses with its own bottleneck; leave out method={method!r}")
         return Answerer(model, processor).encode(images)  # type: ignore[return-value]
+    check_is_here(model.get_input_embeddings().weight)
     asked = split(processor, "?" if prompt is None else prompt)
     inputs = [read(model, processor, asked, image) for image in images]
     made, context = method_of(model, method, settings)
@@ -84,6 +86,7 @@ def compress(
 def prompt_of(model: Any, processor: Any, method: str, **settings: Any) -> dict[str, Any]:
     """`CompressedImages.prompt` of all that `compress` makes so, without making any. ValueError where it cannot."""
     model, asked = unwrapped(model), split(processor, "?")
+    check_is_here(model.get_input_embeddings().weight)
     inputs = read(model, processor, asked, Image.new("RGB", (64, 64), "gray"))
     made, context = method_of(model, method, settings)
     with context():  # a method that does not act on this model is refused
@@ -204,7 +207,7 @@ def fields_of(cls: Any) -> set[str]:
 def check_independent(method: Compressor) -> None:
     """ValueError for a method whose result differs with the question."""
     if not method.question_independent:
-        known = [name for name in COMPRESSORS.names() if can_be_cached(COMPRESSORS.get(name))]
+        known = [name for name in COMPRESSORS.own_names() if can_be_cached(COMPRESSORS.get(name))]
         raise ValueError(
             f"{method.name} chooses by the question, so what it keeps of an image cannot be shared by later questions; ask "
             f"inside `with htc_vlm.apply(model, {method.name!r}, ...)`, or cache one of: {', '.join(known)}"

@@ -40,7 +40,7 @@ def weights_digest(model: nn.Module, inside: nn.Module | None = None, without: t
     made = hashlib.sha256()
     in_file = _InFile(model if inside is None else inside, model)
     for name, value in sorted(_acting_tensors(model).items()):
-        _check_is_here(name, value)
+        check_is_here(value, name)
         value = value.detach()
         if value.dtype == torch.float16:
             value = in_file.before_rounding(name, value)
@@ -64,7 +64,8 @@ def _summary(value: Tensor) -> Iterator[Tensor]:
         yield chunk[whole.numel() :].sum(dtype=torch.int64)
 
 
-def _check_is_here(name: str, value: Tensor) -> None:
+def check_is_here(value: Tensor, name: str = "its embedding of words") -> None:
+    """ValueError for a weight that is sharded or offloaded: what is compressed with it could not be told apart."""
     if hasattr(value, "full_tensor"):  # a DTensor
         raise ValueError(
             f"{name} is sharded over processes (tensor parallelism or FSDP), where images cannot be compressed or "
