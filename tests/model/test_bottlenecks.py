@@ -284,6 +284,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     """Unknown families, methods without a bottleneck, codes in the place of patches, pixels that tell no pictures, videos."""
     with pytest.raises(ValueError, match="'qwen2_vl'.*stand in prompts.*it can into llava, llava_next"):
         classes_of("qwen2_vl")
+    assert classes_of("qwen3_vl") is classes_of("htc_vlm_qwen3_vl")  # made once, whichever was asked for first
     with pytest.raises(ValueError, match="avg_pool cannot be HtcVlmInternVL.*must be a bottleneck"):
         put_in(tiny_model("internvl")[0], {"name": "avg_pool", "n_tokens": 4})
     with pytest.raises(ValueError, match="all pictures must have one size"):

@@ -340,10 +340,13 @@ def is_ours(model_type: str) -> bool:
     return model_type.startswith(OURS)
 
 
-@functools.cache
 def classes_of(model_type: str) -> Classes:
     """The classes for a stock model type or one of ours, known to the Auto classes. ValueError for families without."""
-    stock = model_type.removeprefix(OURS)
+    return _classes_of(model_type.removeprefix(OURS))
+
+
+@functools.cache
+def _classes_of(stock: str) -> Classes:
     if stock not in STOCK:
         raise ValueError(
             f"no bottleneck can be put into a model of type {stock!r}: how its pictures stand in prompts is not known here; it "
