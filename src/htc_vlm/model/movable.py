@@ -24,7 +24,7 @@ GROWING = ("dynamic", "longrope")  # kinds whose frequencies depend on how long 
 PROBED_AT = 3
 TOLERANCE = 1e-3
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Limits] = weakref.WeakKeyDictionary()
+_KNOWN: dict[int, Limits] = {}  # by id, for torch.compile cannot follow a WeakKeyDictionary whose models have gone
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Limits:
 
 def check_movable(name: str, language_model: nn.Module, n_positions: int) -> None:
     """ValueError, naming what is in the way, unless this decoder's keys can be moved within n_positions."""
-    limits = _KNOWN.get(language_model)
+    limits = _KNOWN.get(id(language_model))
     if limits is None:
         limits = _limits(language_model)
         if not any(buffer.is_meta for buffer in language_model.buffers()):  # else not tried out yet
-            _KNOWN[language_model] = limits
+            _KNOWN[id(language_model)] = limits
+            weakref.finalize(language_model, _KNOWN.pop, id(language_model), None)
     reason = limits.reason
     if reason is None and limits.window is not None and n_positions > limits.window:
         reason = f"its attention has a sliding window of {limits.window}, and {n_positions} positions are needed"
