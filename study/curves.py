@@ -89,7 +89,7 @@ def draw_curves(study: StudyTable, file: Path) -> None:
 
     found = records(study)
     names = watched_sets(found)
-    size = (4.6 * len(names), 3.8)
+    size = (4.6 * len(names), 4.6)
     figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for panel, name in zip(panels[0], names, strict=True):
         for colour, (title, curves) in zip(COLOURS, found.items(), strict=False):
@@ -97,7 +97,8 @@ def draw_curves(study: StudyTable, file: Path) -> None:
         panel.set(title=name, xlabel="step")
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("right answers, %")
-    panels[0][0].legend(fontsize=8, frameon=False)
+    named = panels[0][0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=max(1, len(names)), fontsize=8, frameon=False)
     figure.suptitle(f"{study.table.title}: learning curves", fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110, metadata={"Software": None})
