@@ -369,10 +369,9 @@ def has_images(inputs: dict[str, Any]) -> bool:
 
 def check_forgotten(applied: Applied, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
     """ValueError for a prompt with places for images that came without one, on which no method would act."""
-    cache = kwargs.get("past_key_values")
     if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("pixel_values_videos") is not None:
         return
-    if cache is None or not has_past(cache, input_ids.shape[1]):
+    if not has_past(kwargs.get("past_key_values"), input_ids.shape[1]):
         check_has_images(input_ids[:, : applied.run.prompt_length], [applied.run.image_token_id])
 
 

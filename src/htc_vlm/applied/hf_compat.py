@@ -167,9 +167,11 @@ def static_cache_from_cells(
     return cache
 
 
-def has_past(cache: Cache, n_new: int) -> bool:
-    """Does the cache hold anything before these n_new tokens? A static cache counts on the device; asking it in each
-    step of decoding would wait for the device, and one new token always has a past."""
+def has_past(cache: Cache | None, n_new: int) -> bool:
+    """Does a cache, where there is one, hold anything before these n_new tokens? A static cache counts on the device; asking
+    it in each step of decoding would wait for the device, and one new token always has a past."""
+    if cache is None:
+        return False
     length = cache.get_seq_length()
     return (n_new == 1 or bool(length > 0)) if isinstance(length, Tensor) else length > 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from htc_vlm.eval.task import Mark
+from htc_vlm.eval.task import Mark, check_shares
 from htc_vlm.files import read_object, read_text, write_text
 
 AGAIN = "run the same `htc-vlm eval` again: it asks nothing twice and writes it"
@@ -115,9 +115,7 @@ def read_marks(path: Path) -> list[Mark]:
             marks += [Mark(**json.loads(line))] if line else []
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: is damaged ({error}); {AGAIN}") from error
-    for mark in marks:
-        if not 0 <= mark.score <= 1:
-            raise ValueError(f"{path}: the mark of {mark.id} is {mark.score}; marks go from 0 to 1: mend the task, and {AGAIN}")
+    check_shares(str(path), marks, f"mend the task, and {AGAIN}")
     return marks
 
 

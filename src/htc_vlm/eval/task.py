@@ -123,15 +123,20 @@ def check_dataclass(cls: type, name: str) -> None:
         raise ValueError(f"task {name} is {cls.__qualname__}, which is no dataclass; write @dataclass(frozen=True) above it")
 
 
+def check_shares(where: str, marks: Sequence[Mark], then: str) -> None:
+    """ValueError for a mark that is no share of 1; then: what to do."""
+    for mark in marks:
+        if not 0 <= mark.score <= 1:
+            raise ValueError(f"{where}: the mark of {mark.id} is {mark.score}; marks go from 0 to 1; {then}")
+
+
 def checked_marks(
     task: HasMarks, items: Sequence[Item], answers: Mapping[str, str], metrics: Mapping[str, float]
 ) -> Sequence[Mark]:
     """The marks, or ValueError: not from 0 to 1, or not one for each item. None at all are right without a score."""
     marks, name = task.marks(items, answers), getattr(task, "name", type(task).__name__)
     then = "mend the task and start again: the answers are kept"
-    for mark in marks:
-        if not 0 <= mark.score <= 1:
-            raise ValueError(f"task {name}: the mark of {mark.id} is {mark.score}; marks go from 0 to 1; {then}")
+    check_shares(f"task {name}", marks, then)
     expected = Counter(item.id for item in items) if marks or metrics else Counter()
     wrong = sorted((expected - (given := Counter(mark.id for mark in marks))) + (given - expected))
     if wrong and not getattr(task, "marks_groups", False):

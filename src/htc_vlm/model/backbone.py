@@ -143,8 +143,8 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
             images = self.get_image_features(patch_features=patch_features, image_codes=image_codes)
             mm_encoder_outputs = {"image": images}
         brought = (pixel_values, inputs_embeds, (mm_encoder_outputs or {}).get("image"))
-        begins = past_key_values is None or not hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
-        if self.compressor.name != "none" and begins and all(one is None for one in brought):
+        has_past = hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
+        if self.compressor.name != "none" and not has_past and all(one is None for one in brought):
             hf_compat.check_has_images(input_ids, [self.config.image_token_id])
         ids = input_ids
         if self.compressor.n_fusion:
@@ -165,7 +165,6 @@ class HtcVlmModel(HtcVlmPreTrainedModel, LlavaModel):
                 return self._read_apart(input_ids, images, attention_mask, position_ids, question_ids, kwargs)
         if self.compressor.n_bottleneck and input_ids is not None and input_ids.shape[1] > 1:
             check_movable(self.compressor.name, self.language_model, input_ids.shape[1])
-        has_past = past_key_values is not None and hf_compat.has_past(past_key_values, _n_new(input_ids, inputs_embeds))
         if has_past and kv_positions is not None and _n_new(input_ids, inputs_embeds) > 1:
             attention_mask = compressing.mask_amid_text(
                 self, self.language_model, input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, kv_positions

@@ -192,7 +192,7 @@ class WithBottleneck(HoldsCompressor, GeneratesOverKv):
                 )
             return self._with_images(input_ids, attention_mask, labels, logits_to_keep, images, kwargs)
         n_new = (inputs_embeds if input_ids is None else input_ids).shape[1]  # type: ignore[union-attr]
-        has_past = past_key_values is not None and hf_compat.has_past(past_key_values, n_new)
+        has_past = hf_compat.has_past(past_key_values, n_new)
         if not has_past and input_ids is not None:
             if inputs_embeds is None and kwargs.get("mm_encoder_outputs") is None:
                 hf_compat.check_has_images(input_ids, [self.config.image_token_id])
